@@ -19,10 +19,10 @@ import torch
 from tqdm import tqdm
 
 from common import (Config, Images, Parser, ResNet20, Run, UserError, accuracy, config_name, cosine,
-                    count_macs, enumerate_configs, evaluate_configs, expected_time,
-                    finish_search, load_dataset, make_network, number, rank_metrics,
-                    read_ground_truth, report_search, run_script, save_figure,
-                    shuffled_batches, split_for_search, stream, train_step)
+                    count_macs, enumerate_configs, evaluate_configs, expected_time, finish_search,
+                    load_dataset, make_network, number, rank_metrics, read_ground_truth,
+                    report_search, run_script, save_figure, shuffled_batches, split_for_search,
+                    stream, train_step)
 
 
 def arguments():
@@ -132,14 +132,14 @@ def main() -> None:
     train, validation = split_for_search(train, args)
     truth = read_ground_truth(args.ground_truth, configs)
     run = Run("mixture", args)
-    if run.load_json("result.json"):
+    if run.load("result.json"):
         return report_search(run, args, truth)
 
     supernets = [make_network(args, classes, True, m) for m in range(count)]
     optimizers = [torch.optim.SGD(supernet.parameters(), lr=args.lr[0], momentum=args.momentum,
                                   weight_decay=args.weight_decay) for supernet in supernets]
     scores = torch.ones(len(configs), count, dtype=torch.float64)
-    start, state = 0, run.load_checkpoint("checkpoint.pt")
+    start, state = 0, run.load("checkpoint.pt")
     if state:
         start, scores = state["epoch"], state["scores"]
         for m in range(count):
@@ -151,9 +151,8 @@ def main() -> None:
     rounds = math.ceil(len(train) / args.batch_size)
     snapshots = {round(1 + part * (args.epochs - 1) / 5) for part in range(6)}
     mean_macs, passes = sum(macs) / len(macs), (args.epochs - start) * count * len(train)
-    expected = expected_time(supernets[0], train, args.batch_size,
-                               mean_macs * passes,
-                               mean_macs * (passes + len(configs) * len(validation)))
+    expected = expected_time(supernets[0], train, args.batch_size, mean_macs * passes,
+                             mean_macs * (passes + len(configs) * len(validation)))
     print(f"mixture of {count} supernets on {args.dataset}: {len(train)} training and "
           f"{len(validation)} validation images {size}x{size}, {classes} classes; {len(configs)} "
           f"configurations; {sum(p.numel() for p in supernets[0].parameters()):,} parameters a "

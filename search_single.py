@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 from common import (Parser, ResNet20, Run, accuracy, config_name, cosine, count_macs,
                     enumerate_configs, evaluate_configs, expected_time, finish_search,
-                    load_dataset, make_network, rank_metrics,
-                    read_ground_truth, report_search, run_script, shuffled_batches,
-                    split_for_search, stream, train_step)
+                    load_dataset, make_network, rank_metrics, read_ground_truth, report_search,
+                    run_script, shuffled_batches, split_for_search, stream, train_step)
 
 
 def main() -> None:
@@ -33,13 +32,13 @@ def main() -> None:
     train, validation = split_for_search(train, args)
     truth = read_ground_truth(args.ground_truth, configs)
     run = Run("single", args)
-    if run.load_json("result.json"):
+    if run.load("result.json"):
         return report_search(run, args, truth)
 
     supernet = make_network(args, classes, True, 0)
     optimizer = torch.optim.SGD(supernet.parameters(), lr=args.lr[0], momentum=args.momentum,
                                 weight_decay=args.weight_decay)
-    start, state = 0, run.load_checkpoint("checkpoint.pt")
+    start, state = 0, run.load("checkpoint.pt")
     if state:
         start = state["epoch"]
         supernet.load_state_dict(state["supernet"])
@@ -50,8 +49,8 @@ def main() -> None:
     steps = math.ceil(len(train) / args.batch_size)
     mean_macs = sum(macs) / len(macs)
     expected = expected_time(supernet, train, args.batch_size,
-                               mean_macs * (args.epochs - start) * len(train),
-                               mean_macs * len(configs) * len(validation))
+                             mean_macs * (args.epochs - start) * len(train),
+                             mean_macs * len(configs) * len(validation))
     print(f"one supernet on {args.dataset}: {len(train)} training and {len(validation)} validation "
           f"images {size}x{size}, {classes} classes; {len(configs)} configurations; "
           f"{sum(p.numel() for p in supernet.parameters()):,} parameters; {args.device}, "

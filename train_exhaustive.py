@@ -5,15 +5,14 @@
 
 Writes runs/exhaustive-<dataset>/: config.json, results.csv (a row a finished network: config, seed,
 test_accuracy, ...; what --ground-truth of the searches takes), log.jsonl (a line an epoch),
-result.json (best first), ranking.png. The same command, also with more --seeds or
-other --configs, skips what is finished and continues what was interrupted.
+result.json (best first), ranking.png. The same command, also with more --seeds or other --configs,
+skips what is finished and continues what was interrupted.
 Source: arXiv:2306.11982, section 4 (brute force).
 """
 from statistics import mean
 
 from common import (Parser, ResNet20, Run, by_config, config_name, enumerate_configs, load_dataset,
-                    number, parse_config, plot_results, run_script, spread,
-                    train_stand_alone)
+                    number, parse_config, plot_results, run_script, spread, train_stand_alone)
 
 
 def main() -> None:
