@@ -1,6 +1,7 @@
 """What all stages share: data, the network, evaluation, stand-alone training, run folders, plots.
 
-Nothing runs on import. A stage script needs this file beside it and nothing else. In order:
+Nothing runs on import. A stage script needs this file beside it and nothing else; the folder
+kernels/ makes it faster. In order:
 errors and arguments - data - configurations - network - training - run folder - report and plots.
 The method: Javan, Toews, Pedersoli, "Balanced Mixture of SuperNets for Learning the CNN Pooling
 Architecture", arXiv:2306.11982; "the paper" below.
@@ -116,6 +117,8 @@ class Parser(argparse.ArgumentParser):
         add("--overwrite", action="store_true", help="start anew where --out holds a run")
         add("--seed", type=number(int, 0), default=0, help="origin of every random stream")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1")
+        add("--kernel", choices=["auto", "fused", "native"], default="auto",
+            help="pooling + convolution; auto: fused (kernels/) on a CPU, native ops on a GPU")
         add("--threads", type=number(int, 1), default=torch.get_num_threads(), help="of the CPU")
 
     def error(self, message: str):
@@ -132,6 +135,7 @@ class Parser(argparse.ArgumentParser):
             torch.empty(1, device=found.device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {found.device}: {str(error).splitlines()[0]}") from error
+        found.kernel = choose_kernel(found.kernel, found.device)
         return found
 
 
@@ -424,15 +428,40 @@ def parse_config(text: str) -> Config:
 
 # ---------------------------------------------------------------------------------- network
 
-def pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
-                downsample: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
-    """3x3 convolution, padding 1, no bias, behind an optional 2x2 max-pool: (y, pooled).
+def native_pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
+                       downsample: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
+    """3x3 convolution, padding 1, no bias, that may downsample: (y, pooled).
 
     x: (N,C_in,H,W); weight: (C_out,C_in,3,3). "none": y = conv(x), pooled is x; "maxpool":
-    pooled = maxpool2x2(x), y = conv(pooled).
+    pooled = maxpool2x2(x), y = conv(pooled); "stride": y = conv(x) with stride 2, pooled is x.
     """
     pooled = F.max_pool2d(x, 2) if downsample == "maxpool" else x
-    return F.conv2d(pooled, weight, padding=1), pooled
+    return F.conv2d(pooled, weight, stride=2 if downsample == "stride" else 1, padding=1), pooled
+
+
+pool_conv2d = native_pool_conv2d  # what the networks call; `choose_kernel` exchanges it
+
+
+def choose_kernel(kernel: str, device: str) -> str:
+    """Make `pool_conv2d` the one that --kernel asks for; "fused" or "native", what it is now.
+
+    auto: fused on a CPU; native on a GPU, where nobody has measured it. UserError if it must be
+    fused and cannot be built; with auto that is a warning.
+    """
+    global pool_conv2d
+    pool_conv2d = native_pool_conv2d
+    if kernel == "native" or (kernel == "auto" and torch.device(device).type != "cpu"):
+        return "native"
+    try:
+        import kernels
+        kernels.load()
+    except (ImportError, RuntimeError) as error:  # BuildError is a RuntimeError
+        if kernel == "fused":
+            raise UserError(f"--kernel fused: {error}") from error
+        print(f"warning: {error}; native ops are used, slower", file=sys.stderr)
+        return "native"
+    pool_conv2d = kernels.pool_conv2d
+    return "fused"
 
 
 def batch_norm(channels: int, supernet: bool) -> nn.BatchNorm2d:

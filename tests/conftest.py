@@ -23,7 +23,13 @@ def shell(script: str, *arguments: str, cwd, root=ROOT) -> subprocess.CompletedP
 
 
 def arguments(*argv: str, search: bool = True):
-    return common.Parser("test", search=search).parse_args(list(argv))
+    return common.Parser("test", search=search).parse_args(["--kernel", "native", *argv])
+
+
+@pytest.fixture(autouse=True)
+def native_kernel(monkeypatch):
+    """Every test begins with native ops, whatever another one has chosen."""
+    monkeypatch.setattr(common, "pool_conv2d", common.native_pool_conv2d)
 
 
 @pytest.fixture(scope="session")

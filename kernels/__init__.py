@@ -1,0 +1,183 @@
+"""Fused 2x2 max-pool + 3x3 convolution as a PyTorch operator; built on first use.
+
+    from kernels import pool_conv2d
+    y, pooled = pool_conv2d(x, weight, downsample="maxpool")   # "none", "maxpool" or "stride"
+
+This folder works alone, copied into any project. The first call builds the extension (one minute,
+needs a C++ compiler and ninja; nvcc too where torch sees a GPU) and keeps it in torch's extension
+cache (TORCH_EXTENSIONS_DIR). CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS and CXX are respected. Call
+`load()` once before you trace with torch.compile.
+"""
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+__all__ = ["BuildError", "load", "pool_conv2d"]
+MODES = {"none": 0, "maxpool": 1, "stride": 2}
+_loaded = False
+
+
+class BuildError(RuntimeError):
+    """The extension cannot be built; the message says, in one line, what is missing."""
+
+
+def pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
+                downsample: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
+    """3x3 convolution, padding 1, no bias, that may downsample: (y, pooled).
+
+    x: (N,C_in,H,W), any strides, best channels_last; weight: (C_out,C_in,3,3). Both floating and of
+    one dtype and device. "none": y = conv(x), pooled is x. "maxpool": pooled = maxpool2x2(x),
+    y = conv(pooled). "stride": y = conv(x) with stride 2, pooled is x. Gradients flow into x through
+    both outputs, and into weight. Outputs are channels_last. Raises TypeError, ValueError,
+    BuildError.
+    """
+    if downsample not in MODES:
+        raise ValueError(f"downsample {downsample!r}: none, maxpool or stride")
+    for name, tensor in (("x", x), ("weight", weight)):
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor")
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} has {tensor.dim()} dimensions, not 4")
+    if weight.shape[1:] != (x.shape[1], 3, 3) or 0 in weight.shape:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, not (C_out, {x.shape[1]}, 3, 3)")
+    smallest = 2 if downsample == "maxpool" else 1
+    if min(x.shape[2:]) < smallest:
+        raise ValueError(f"x is {x.shape[2]}x{x.shape[3]}: {downsample} needs {smallest} or more")
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device}, weight on {weight.device}")
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x is {x.dtype}, weight {weight.dtype}")
+    if not _loaded:
+        load()
+    y, pooled, _ = torch.ops.pool_conv.forward(x, weight, MODES[downsample])
+    return y, pooled if downsample == "maxpool" else x
+
+
+def load() -> None:
+    """Build (once for these sources, this torch and this CPU) and load the operators."""
+    global _loaded
+    if _loaded:
+        return
+    folder, cuda = Path(__file__).parent, torch.cuda.is_available()
+    sources = [folder / "binding.cpp", folder / "pool_conv_cpu.cpp"]
+    sources += [folder / "pool_conv.cu"] * cuda
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), ""
+               ) if cpuinfo.exists() else platform.processor()
+    state = [file.read_bytes() for file in (*sources, folder / "pool_conv.h")]
+    state += [str((torch.__version__, sys.version, platform.machine(), cpu, cuda)).encode()]
+    name = f"pool_conv_{hashlib.sha256(b'|'.join(state)).hexdigest()[:12]}"
+    try:
+        from torch.utils import cpp_extension
+        build = Path(cpp_extension._get_build_directory(name, verbose=False))
+        with _locked(build.parent / f"{name}.lock"):
+            if not (build / "done").exists():
+                print("building the kernels (once, about 40 s) ...", file=sys.stderr, flush=True)
+                (build / "lock").unlink(missing_ok=True)  # of a build that was killed
+                native = [] if platform.system() == "Darwin" else ["-march=native", "-fopenmp"]
+                cpp_extension.load(
+                    name, [str(file) for file in sources], build_directory=str(build),
+                    extra_cflags=["-O3", "-fno-math-errno", "-fno-trapping-math", *native,
+                                  *["-DWITH_CUDA"] * cuda],
+                    extra_cuda_cflags=["-O3"], with_cuda=cuda, is_python_module=False)
+                (build / "done").touch()
+            else:
+                torch.ops.load_library(str(build / f"{name}.so"))
+    except Exception as error:  # a missing tool, a failed compiler: many kinds
+        raise BuildError(f"the kernels cannot be built: {_reason(error)}") from error
+    _register()
+    _loaded = True
+
+
+def _reason(error: Exception) -> str:
+    """The line of a failed build that says most."""
+    if isinstance(error.__cause__, subprocess.CalledProcessError) and error.__cause__.output:
+        error = error.__cause__.output.decode(errors="replace")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "error" in line.lower() or "not found" in line]
+    return (telling or lines or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def _locked(path: Path):
+    """One process builds, the others wait; the system releases the lock of one that dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: torch's own lock must do
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _register() -> None:
+    """Fake kernels, autograd, autocast and vmap of the operators."""
+    forward, backward = torch.ops.pool_conv.forward, torch.ops.pool_conv.backward
+    last = torch.channels_last
+
+    @torch.library.register_fake("pool_conv::forward")
+    def _(x, weight, mode):
+        def empty(channels, height, width, dtype=None):
+            return x.new_empty((x.shape[0], channels, height, width), dtype=dtype
+                               ).to(memory_format=last)
+        n, c, height, width = x.shape
+        winograd = x.dtype == torch.float32 and min(weight.shape[:2]) >= 8
+        index = torch.uint8 if winograd or x.is_cuda else torch.int64
+        if mode == MODES["maxpool"]:
+            height, width = height // 2, width // 2
+            pooled, argmax = empty(c, height, width), empty(c, height, width, index)
+        else:
+            pooled, argmax = x.new_empty(0), x.new_empty(0, dtype=torch.uint8)
+        if mode == MODES["stride"]:
+            height, width = (height + 1) // 2, (width + 1) // 2
+        return empty(weight.shape[0], height, width), pooled, argmax
+
+    @torch.library.register_fake("pool_conv::backward")
+    def _(grad_y, grad_pooled, x, weight, argmax, mode, height, width, want_x, want_weight):
+        grad_x = x.new_empty(0)
+        if want_x:
+            grad_x = x.new_empty((*x.shape[:2], height, width)).to(memory_format=last)
+        return grad_x, weight.new_empty(weight.shape) if want_weight else x.new_empty(0)
+
+    def setup(ctx, inputs, output):
+        x, weight, ctx.mode = inputs
+        _, pooled, argmax = output
+        ctx.size = x.shape[2:]
+        ctx.mark_non_differentiable(argmax)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(pooled if ctx.mode == MODES["maxpool"] else x, weight, argmax)
+
+    def gradients(ctx, grad_y, grad_pooled, _):
+        x, weight, argmax = ctx.saved_tensors
+        if grad_y is None:  # only pooled was used
+            grad_y = x.new_zeros((x.shape[0], weight.shape[0], *(
+                (n + 1) // 2 if ctx.mode == MODES["stride"] else n for n in x.shape[2:])))
+        want_x, want_weight = ctx.needs_input_grad[:2]
+        grad_x, grad_weight = backward(
+            grad_y, grad_pooled if ctx.mode == MODES["maxpool"] else None, x, weight, argmax,
+            ctx.mode, *ctx.size, want_x, want_weight)
+        return grad_x if want_x else None, grad_weight if want_weight else None, None
+
+    def twice(ctx, *grads):
+        raise NotImplementedError("pool_conv2d has no second derivative: use native ops for it")
+
+    torch.library.register_autograd("pool_conv::forward", gradients, setup_context=setup)
+    torch.library.register_autograd("pool_conv::backward", twice)
+    for device in ("cpu", "cuda"):
+        torch.library.register_autocast("pool_conv::forward", device, torch.bfloat16
+                                        if device == "cpu" else torch.float16)
+
+    @torch.library.register_vmap("pool_conv::forward")
+    def _(info, dims, x, weight, mode):
+        outputs = [forward(x if dims[0] is None else x.select(dims[0], i),
+                           weight if dims[1] is None else weight.select(dims[1], i), mode)
+                   for i in range(info.batch_size)]
+        return tuple(torch.stack(part) for part in zip(*outputs)), (0, 0, 0)

@@ -1,0 +1,392 @@
+"""kernels/: the operator against float64, its torch rules, its build, and the CUDA source on a CPU."""
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, SMALL, shell
+
+import common
+import kernels
+from kernels import pool_conv2d
+
+MODES = ("none", "maxpool", "stride")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built():
+    kernels.load()
+
+
+def reference(x, weight, downsample, grad_y, grad_pooled):
+    """y, pooled and both gradients by torch's own operators in float64."""
+    x, weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    pooled = F.max_pool2d(x, 2) if downsample == "maxpool" else x
+    y = F.conv2d(pooled, weight, stride=2 if downsample == "stride" else 1, padding=1)
+    torch.autograd.backward((y, pooled * 1), (grad_y.double(), grad_pooled.double()))
+    return y, pooled, x.grad, weight.grad
+
+
+def distance(found, expected):
+    """Relative Frobenius error."""
+    return ((found.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def check(x, weight, downsample, tolerances):
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    y, pooled = pool_conv2d(x, weight, downsample)
+    grad_y, grad_pooled = torch.randn_like(y), torch.randn_like(pooled)
+    torch.autograd.backward((y, pooled * 1), (grad_y, grad_pooled))
+    expected = reference(x, weight, downsample, grad_y, grad_pooled)
+    assert torch.equal(pooled.double(), expected[1])
+    for found, true, tolerance in zip((y, x.grad, weight.grad), (expected[0], *expected[2:]),
+                                      tolerances):
+        assert found.shape == true.shape
+        assert distance(found, true) <= tolerance
+    assert downsample != "none" or pooled is x
+
+
+def test_random_shapes_against_float64():
+    rng = np.random.default_rng(0)
+    for case in range(150):
+        torch.manual_seed(case)
+        downsample, layout = MODES[case % 3], case // 3 % 3
+        n, c, k = rng.integers(0, 6), *rng.integers(1, 71, 2)
+        h, w = rng.integers(2 if downsample == "maxpool" else 1, 41, 2)
+        dtype = torch.float64 if case % 10 == 9 else torch.float32
+        x = torch.randn(n, c, h, w, dtype=dtype).relu()  # zeros tie in the pooling
+        if layout == 1:
+            x = x.to(memory_format=torch.channels_last)
+        elif layout == 2:  # neither
+            x = torch.cat([x, x], 3)[..., ::2] if w % 2 == 0 else x.mT.contiguous().mT
+        weight = torch.randn(k, c, 3, 3, dtype=dtype)
+        limits = (1e-12,) * 3 if dtype == torch.float64 else (3e-6, 3e-6, 2e-5)
+        check(x.detach(), weight, downsample, limits)
+
+
+@pytest.mark.parametrize("c, k, size", [(16, 16, 32), (16, 32, 16), (32, 32, 16), (32, 64, 8),
+                                        (64, 64, 8)])
+def test_resnet_layers_are_as_accurate_as_promised(c, k, size):
+    torch.manual_seed(0)
+    x, weight = torch.randn(16, c, size, size).relu(), torch.randn(k, c, 3, 3) / (9 * c) ** 0.5
+    check(x, weight, "none", (2e-6, 2e-6, 2e-5))
+    check(torch.randn(16, c, 2 * size, 2 * size), weight.detach(), "maxpool", (2e-6, 2e-6, 2e-5))
+
+
+@pytest.mark.parametrize("downsample", MODES)
+def test_gradients_by_finite_differences(downsample):
+    torch.manual_seed(0)
+    x = torch.randperm(2 * 3 * 5 * 6).view(2, 3, 5, 6).double().div(180).requires_grad_()  # no ties
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, w: pool_conv2d(x, w, downsample), (x, weight))
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_gradient_through_one_output_only(part):
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    weight = torch.randn(8, 8, 3, 3, requires_grad=True)
+    outputs = pool_conv2d(x, weight, "maxpool")
+    outputs[part].sum().backward()
+    zero = [torch.ones_like(o) if i == part else torch.zeros_like(o)
+            for i, o in enumerate(outputs)]
+    _, _, grad_x, grad_weight = reference(x, weight, "maxpool", *zero)
+    assert distance(x.grad, grad_x) < 3e-6
+    assert weight.grad is None or distance(weight.grad, grad_weight) < 2e-5
+
+
+def test_pooling_treats_ties_nan_infinity_and_denormals_as_torch_does():
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, float("nan"), float("inf"), -float("inf"), 1e-42])
+    for channels in (8, 3):
+        torch.manual_seed(channels)
+        x = values[torch.randint(0, 8, (2, channels, 15, 14))].requires_grad_()
+        weight = torch.randn(8, channels, 3, 3)
+        y, pooled = pool_conv2d(x, weight, "maxpool")
+        expected = F.max_pool2d(x, 2)
+        assert torch.equal(pooled.isnan(), expected.isnan())
+        assert torch.equal(pooled.nan_to_num(), expected.nan_to_num())
+        grad = torch.randn_like(pooled)
+        found, = torch.autograd.grad(pooled, x, grad)
+        true, = torch.autograd.grad(expected, x, grad)
+        assert torch.equal(found, true)
+        assert y[F.conv2d(expected, weight, padding=1).isnan()].isnan().all()
+    x = torch.full((1, 8, 8, 8), 1e-41)
+    y, _ = pool_conv2d(x, torch.ones(8, 8, 3, 3))
+    assert torch.allclose(y, F.conv2d(x, torch.ones(8, 8, 3, 3), padding=1), rtol=0, atol=1e-40)
+
+
+def test_bits_do_not_change_from_run_to_run_or_between_threads():
+    torch.manual_seed(0)
+    x, weight = torch.randn(7, 20, 18, 18), torch.randn(24, 20, 3, 3)
+    gradient = torch.randn(7, 24, 9, 9)
+
+    def once():
+        a, w = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y, _ = pool_conv2d(a, w, "maxpool")
+        y.backward(gradient)
+        return y.detach(), a.grad, w.grad
+    first, others = once(), []
+    threads = [threading.Thread(target=lambda: others.extend(once() for _ in range(20)))
+               for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(others) == 40
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other))
+
+
+# -------------------------------------------------------------------------- as a torch operator
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("downsample", MODES)
+def test_opcheck(downsample, dtype):
+    x = torch.randn(2, 8, 6, 7, dtype=dtype, requires_grad=True)
+    weight = torch.randn(9, 8, 3, 3, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(torch.ops.pool_conv.forward, (x, weight, kernels.MODES[downsample]))
+
+
+def test_compiles_without_a_graph_break():
+    def block(x, weight):
+        y, pooled = pool_conv2d(x.relu(), weight, "maxpool")
+        return y.relu().sum() + pooled.mean()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    x, weight = torch.randn(2, 8, 8, 8, requires_grad=True), torch.randn(8, 8, 3, 3)
+    expected, = torch.autograd.grad(block(x, weight), x)
+    found, = torch.autograd.grad(compiled(x, weight), x)
+    assert torch.equal(found, expected)
+
+
+def test_vmap_autocast_and_second_derivative():
+    x, weight = torch.randn(3, 2, 8, 6, 6), torch.randn(8, 8, 3, 3)
+    found, _ = torch.func.vmap(lambda x: pool_conv2d(x, weight, "maxpool"))(x)
+    assert all(torch.equal(a, pool_conv2d(b, weight, "maxpool")[0]) for a, b in zip(found, x))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, pooled = pool_conv2d(x[0], weight, "maxpool")
+    assert y.dtype == pooled.dtype == torch.bfloat16
+    assert distance(y, F.conv2d(F.max_pool2d(x[0], 2), weight, padding=1).double()) < 0.02
+    x = x[0].requires_grad_()
+    gradient, = torch.autograd.grad(pool_conv2d(x, weight)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("x, weight, downsample, error", [
+    (torch.ones(2, 3, 4), torch.ones(4, 3, 3, 3), "none", ValueError),
+    (torch.ones(2, 3, 4, 4), torch.ones(4, 3, 5, 5), "none", ValueError),
+    (torch.ones(2, 3, 4, 4), torch.ones(4, 2, 3, 3), "none", ValueError),
+    (torch.ones(2, 3, 1, 4), torch.ones(4, 3, 3, 3), "maxpool", ValueError),
+    (torch.ones(2, 3, 4, 4), torch.ones(4, 3, 3, 3), "average", ValueError),
+    (torch.ones(2, 3, 4, 4), torch.ones(4, 3, 3, 3, device="meta"), "none", ValueError),
+    (torch.ones(2, 3, 4, 4), torch.ones(4, 3, 3, 3).double(), "none", TypeError),
+    (torch.ones(2, 3, 4, 4).int(), torch.ones(4, 3, 3, 3).int(), "none", TypeError),
+    ([[1.0]], torch.ones(4, 3, 3, 3), "none", TypeError)])
+def test_wrong_arguments(x, weight, downsample, error):
+    with pytest.raises(error):
+        pool_conv2d(x, weight, downsample)
+
+
+def test_the_network_learns_the_same_with_either_kernel(digits):
+    train, _ = digits
+    images, labels = train.batch(torch.arange(0, len(train), 12))
+    torch.manual_seed(0)
+    network = common.ResNet20(10, supernet=True)
+    exact = common.ResNet20(10, supernet=True).double()
+    exact.load_state_dict(network.state_dict())
+    for config in ((4, 3, 3), (1, 1, 8), (7, 1, 2)):
+        errors = {}
+        F.cross_entropy(exact(images.double(), config), labels).backward()
+        for kernel in ("native", "fused"):
+            assert common.choose_kernel(kernel, "cpu") == kernel
+            F.cross_entropy(network(images, config), labels).backward()
+            gradients = [torch.cat([p.grad.flatten().double() for p in net.parameters()])
+                         for net in (network, exact)]
+            errors[kernel] = distance(*gradients)
+            network.zero_grad()
+        exact.zero_grad()
+        assert errors["fused"] < max(2 * errors["native"], 0.01)
+
+
+# ---------------------------------------------------------------------------------------- build
+
+def run_without(tmp_path, *argv, **environment):
+    """A tiny search in a fresh build folder, with a changed environment."""
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "build")} | environment
+    return subprocess.run([sys.executable, str(ROOT / "search_single.py"), *SMALL, "--epochs", "1",
+                           *argv], cwd=tmp_path, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("environment", [{"PATH": ""}, {"CXX": "/bin/false"},
+                                         {"CXX": "no-such-compiler"}])
+def test_what_cannot_be_built(environment, tmp_path):
+    done = run_without(tmp_path, "--kernel", "fused", **environment)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: --kernel fused: the kernels cannot")
+    assert "Traceback" not in done.stderr
+    done = run_without(tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("native ops are used") == 1
+    assert '"kernel": "native"' in (tmp_path / "runs/single-digits/config.json").read_text()
+
+
+def test_the_folder_works_alone_is_built_once_and_again_when_it_changes(tmp_path):
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    code = ("import torch; from kernels import pool_conv2d; "
+            "print(pool_conv2d(torch.ones(1, 8, 4, 4), torch.ones(8, 8, 3, 3))[0].sum().item())")
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "build")}
+
+    def start():
+        return subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, text=True,
+                                env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    outputs = [process.communicate() for process in (start(), start())]  # the second one waits
+    assert [float(out) for out, _ in outputs] == [pytest.approx(8 * 8 * 100)] * 2
+    assert sum("building the kernels" in err for _, err in outputs) == 1
+    with open(tmp_path / "kernels" / "pool_conv.h", "a") as file:
+        file.write("// changed\n")
+    out, err = start().communicate()
+    assert float(out) == pytest.approx(6400) and "building the kernels" in err
+
+
+def test_stages_run_without_the_folder(tmp_path):
+    for file in ("common.py", "search_single.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    done = shell("search_single.py", *SMALL, "--epochs", "1", cwd=tmp_path, root=tmp_path)
+    assert done.returncode == 0 and "native ops are used" in done.stderr, done.stderr
+
+
+# ----------------------------------------------------------------------------------------- CUDA
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_nvcc_accepts_the_kernels(architecture, tmp_path):
+    done = subprocess.run(["nvcc", "-std=c++17", "-O3", f"-arch={architecture}", "-Werror",
+                           "all-warnings", "-Xptxas", "-v", "-c", str(ROOT / "kernels/pool_conv.cu"),
+                           "-o", str(tmp_path / "out.o")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+WRAPPER = """
+#include "cuda_emulation.h"
+#include "pool_conv.cu"
+using namespace pool_conv;
+extern "C" {
+void forward(int t, Layer* g, bool plain, void* x, void* w, void* y, void* pooled, uint8_t* argmax) {
+  launch_forward(Type(t), *g, plain, x, w, y, pooled, argmax, nullptr);
+}
+void grad_input(int t, Layer* g, void* gy, void* w, uint8_t* argmax, void* extra, void* gx) {
+  launch_grad_input(Type(t), *g, gy, w, argmax, extra, gx, nullptr);
+}
+void grad_weight(int t, Layer* g, void* x, void* gy, void* result) {
+  std::vector<float> partial(partial_floats(*g));
+  launch_grad_weight(Type(t), *g, x, gy, partial.data(), result, nullptr);
+}
+}
+"""
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """The very source of the CUDA kernels, compiled for the CPU."""
+    library = tmp_path_factory.mktemp("cuda") / "emulated.so"
+    subprocess.run(["g++", "-std=c++17", "-O2", "-fPIC", "-shared", "-x", "c++", "-", "-I",
+                    str(ROOT / "tests"), "-I", str(ROOT / "kernels"), "-Wno-unknown-pragmas", "-o",
+                    str(library)], input=WRAPPER, text=True, check=True)
+    return ctypes.CDLL(str(library))
+
+
+def pointer(tensor):
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+
+
+def guarded(shape, dtype):
+    """A tensor, NHWC in memory, amid values that nothing may change; and the check that none did."""
+    count = int(np.prod(shape))
+    memory = torch.full((count + 64,), 7.0).to(dtype)
+    n, c, h, w = shape
+    tensor = memory[32:32 + count].view(n, h, w, c).permute(0, 3, 1, 2)
+    return tensor, lambda: bool((memory[:32] == 7).all() and (memory[32 + count:] == 7).all())
+
+
+def run_emulated(library, x, weight, downsample, grad_y, grad_pooled, plain):
+    n, c, x_height, x_width = x.shape
+    stride = 2 if downsample == "stride" else 1
+    pool = downsample == "maxpool"
+    height, width = (x_height // 2, x_width // 2) if pool else (x_height, x_width)
+    sizes = [n, x_height, x_width, height, width, (height - 1) // stride + 1,
+             (width - 1) // stride + 1, c, len(weight), stride]
+    layer, kind = (ctypes.c_int * 10)(*sizes), TYPES[x.dtype]
+    y, untouched_y = guarded((n, len(weight), *sizes[5:7]), x.dtype)
+    pooled, untouched_p = guarded((n, c, height, width), x.dtype)
+    argmax, untouched_a = guarded((n, c, height, width), torch.uint8)
+    grad_x, untouched_x = guarded(x.shape, x.dtype)
+    grad_weight = torch.empty_like(weight)
+    x, grad_y, grad_pooled = (t.contiguous(memory_format=torch.channels_last)
+                              for t in (x, grad_y, grad_pooled))
+    library.forward(kind, layer, plain, pointer(x), pointer(weight), pointer(y),
+                    pointer(pooled if pool else None), pointer(argmax if pool else None))
+    if pool:
+        grad_x.zero_()
+    library.grad_input(kind, layer, pointer(grad_y), pointer(weight),
+                       pointer(argmax if pool else None), pointer(grad_pooled if pool else None),
+                       pointer(grad_x))
+    library.grad_weight(kind, layer, pointer(pooled if pool else x), pointer(grad_y),
+                        pointer(grad_weight))
+    assert untouched_y() and untouched_p() and untouched_a() and untouched_x()
+    return y, pooled if pool else x, grad_x, grad_weight
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.float16, 2e-3),
+                                              (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("downsample", MODES)
+@pytest.mark.parametrize("plain", [True, False])
+def test_cuda_kernels_on_a_cpu_against_float64(emulated, plain, downsample, dtype, tolerance,
+                                               monkeypatch):
+    shapes = [(2, 16, 16, 16, 16), (1, 3, 17, 9, 21), (3, 20, 40, 7, 6), (1, 33, 5, 11, 2),
+              (2, 1, 1, 2, 3)]
+    for i, (n, c, k, height, width) in enumerate(shapes):
+        monkeypatch.setenv("EMULATION_ORDER", str(i % 3))
+        torch.manual_seed(i)
+        x = torch.randn(n, c, height, width).relu().to(dtype)
+        weight = (torch.randn(k, c, 3, 3) / (9 * c) ** 0.5).to(dtype)
+        size = F.max_pool2d(x.float(), 2).shape[2:] if downsample == "maxpool" else x.shape[2:]
+        grad_pooled = torch.randn(n, c, *size).to(dtype)
+        grad_y = torch.randn_like(F.conv2d(grad_pooled.float(), weight.float(), padding=1,
+                                           stride=2 if downsample == "stride" else 1)).to(dtype)
+        if downsample != "maxpool":
+            grad_pooled.zero_()
+        found = run_emulated(emulated, x, weight, downsample, grad_y, grad_pooled, plain)
+        expected = reference(x, weight, downsample, grad_y, grad_pooled)
+        assert torch.equal(found[1].double(), expected[1])
+        for one, true in zip((found[0], *found[2:]), (expected[0], *expected[2:])):
+            assert distance(one, true) <= tolerance
+
+
+def test_cuda_results_do_not_depend_on_the_order_of_threads(emulated, monkeypatch):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 20, 18, 18), torch.randn(24, 20, 3, 3)
+    grad_y, grad_pooled = torch.randn(2, 24, 9, 9), torch.randn(2, 20, 9, 9)
+    results = []
+    for order in "012":
+        monkeypatch.setenv("EMULATION_ORDER", order)
+        results.append(run_emulated(emulated, x, weight, "maxpool", grad_y, grad_pooled, False))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+def test_cuda_pooling_treats_ties_and_nan_as_torch_does(emulated):
+    values = torch.tensor([0.0, -0.0, 1.0, float("nan"), float("inf"), -float("inf")])
+    torch.manual_seed(0)
+    x, weight = values[torch.randint(0, 6, (2, 5, 9, 8))].requires_grad_(), torch.zeros(3, 5, 3, 3)
+    expected = F.max_pool2d(x, 2)
+    gradient = torch.randn_like(expected)
+    expected.backward(gradient)
+    for plain in (True, False):
+        _, pooled, grad_x, _ = run_emulated(emulated, x.detach(), weight, "maxpool",
+                                            torch.zeros(2, 3, 4, 4), gradient, plain)
+        assert torch.equal(pooled.nan_to_num(), expected.detach().nan_to_num())
+        assert torch.equal(pooled.isnan(), expected.isnan()) and torch.equal(grad_x, x.grad)
