@@ -32,11 +32,12 @@ def pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
                 downsample: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
     """3x3 convolution, padding 1, no bias, that may downsample: (y, pooled).
 
-    x: (N,C_in,H,W), any strides, best channels_last; weight: (C_out,C_in,3,3). Both floating and of
-    one dtype and device. "none": y = conv(x), pooled is x. "maxpool": pooled = maxpool2x2(x),
-    y = conv(pooled). "stride": y = conv(x) with stride 2, pooled is x. Gradients flow into x through
-    both outputs, and into weight. Outputs are channels_last. Raises TypeError, ValueError,
-    BuildError.
+    x: (N,C_in,H,W), any strides, best channels_last; weight: (C_out,C_in,3,3); both floating and
+    of one dtype and device. "none": y = conv(x), pooled is x. "maxpool": pooled = maxpool2x2(x),
+    y = conv(pooled). "stride": y = conv(x) with stride 2, pooled is x. Gradients flow into x
+    through both outputs, and into weight. Outputs are channels_last. A NaN or infinity in x spoils
+    at least the outputs that it spoils in torch, and up to a tile of 4x4 around them.
+    Raises TypeError, ValueError, BuildError.
     """
     if downsample not in MODES:
         raise ValueError(f"downsample {downsample!r}: none, maxpool or stride")

@@ -16,7 +16,7 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
+#include <new>
 
 #include "pool_conv.h"
 
@@ -33,6 +33,7 @@ constexpr int64_t W = 8;
 #define WHOLE HALF, 4, 5, 6, 7
 #endif
 constexpr int64_t GROUP = 2 * W;  // output channels that are worked on together
+constexpr int64_t ROWS = 24;      // tiles of a block; 12 and 36 are no faster
 typedef float vec __attribute__((vector_size(4 * W)));
 typedef float loose __attribute__((vector_size(4 * W), aligned(4), may_alias));  // at any address
 typedef float half __attribute__((vector_size(2 * W), aligned(4), may_alias));
@@ -53,8 +54,28 @@ inline void store(float* p, vec v, int64_t count) {
     return (void)(*reinterpret_cast<half*>(p) = __builtin_shufflevector(v, v, HALF));
   std::memcpy(p, &v, count * sizeof(float));
 }
+typedef int32_t ints __attribute__((vector_size(4 * W)));
+typedef uint8_t bytes __attribute__((vector_size(W)));
+inline ints load_index(const uint8_t* p, int64_t count) {
+  bytes v = {};
+  std::memcpy(&v, p, std::min(count, W));
+  return __builtin_convertvector(v, ints);
+}
+inline void store_index(uint8_t* p, ints index, int64_t count) {
+  const bytes v = __builtin_convertvector(index, bytes);
+  std::memcpy(p, &v, std::min(count, W));
+}
+
 #define UNROLL _Pragma("GCC unroll 36")  // else the 36 elements of a tile go through memory
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Zeros on whole cache lines: a vector across two lines costs two accesses.
+struct Scratch {
+  float* const data;
+  explicit Scratch(int64_t count) : data(new (std::align_val_t(64)) float[count]()) {}
+  ~Scratch() { ::operator delete[](data, std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+};
 
 // The one-dimensional transforms; T is vec or float, the elements lie `stride` apart.
 template <typename T>
@@ -120,12 +141,12 @@ struct Tiles {
 
 // From V[p] to V[p + 1]: a vector more than the tiles need, since 36 stores whose addresses differ by
 // a multiple of 4 KiB would fall into one cache set (C = 64: 1.3x for the whole convolution).
-inline int64_t plane(int64_t rows, int64_t width) { return rows * width + W; }
+inline int64_t plane(int64_t width) { return ROWS * width + W; }
 
 // V[p][tile][c] = B^T x B for `count` tiles from `first`
 template <int C>
 void input_block(const Tiles& tiles, const float* x, int64_t c_in, int64_t first, int64_t count,
-                 int64_t rows, const float* zeros, float* V) {
+                 const float* zeros, float* V) {
   const int64_t channels = C ? C : c_in, padded = round_up(channels, W);
   for (int64_t t = 0; t < count; t++) {
     const int64_t image = (first + t) / tiles.per_image, tile = (first + t) % tiles.per_image;
@@ -147,7 +168,7 @@ void input_block(const Tiles& tiles, const float* x, int64_t c_in, int64_t first
       UNROLL for (int i = 0; i < 6; i++) {
         transform_input(d + 6 * i, 1);
         UNROLL for (int j = 0; j < 6; j++)
-          store(V + (6 * i + j) * plane(rows, padded) + t * padded + c, d[6 * i + j]);
+          store(V + (6 * i + j) * plane(padded) + t * padded + c, d[6 * i + j]);
       }
     }
   }
@@ -170,13 +191,13 @@ inline void product(const float* V, int64_t ld_v, const float* U, int64_t channe
 // y of `count` tiles from `first`, N*8 output channels from k0: 36 products, then A^T M A
 template <int C, int N>
 void output_block(const Tiles& tiles, const Shape& s, int64_t k0, int64_t first, int64_t count,
-                  int64_t rows, const float* V, const float* U, float* M, float* y) {
+                  const float* V, const float* U, float* M, float* y) {
   constexpr int R = W == 16 ? 12 : 12 / N;  // as many accumulators as there are registers for
   const int64_t channels = C ? C : s.c_in, padded = round_up(channels, W);
   for (int p = 0; p < 36; p++)
     for (int64_t t = 0; t < count; t += R)
-      product<R, N>(V + p * plane(rows, padded) + t * padded, padded, U + p * channels * N * W,
-                    channels, M + p * plane(rows, GROUP) + t * N * W);
+      product<R, N>(V + p * plane(padded) + t * padded, padded, U + p * channels * N * W,
+                    channels, M + p * plane(GROUP) + t * N * W);
   for (int64_t t = 0; t < count; t++) {
     const int64_t image = (first + t) / tiles.per_image, tile = (first + t) % tiles.per_image;
     const int64_t top = tile / tiles.across * 4, left = tile % tiles.across * 4;
@@ -188,7 +209,7 @@ void output_block(const Tiles& tiles, const Shape& s, int64_t k0, int64_t first,
       vec m[36];
       UNROLL for (int j = 0; j < 6; j++) {
         UNROLL for (int i = 0; i < 6; i++)
-          m[6 * i + j] = load(M + (6 * i + j) * plane(rows, GROUP) + (t * N + n) * W);
+          m[6 * i + j] = load(M + (6 * i + j) * plane(GROUP) + (t * N + n) * W);
         transform_output(m + j, 6);
       }
       UNROLL for (int i = 0; i < 4; i++) {
@@ -236,18 +257,21 @@ void pool_image(const float* from, int64_t from_width, float* to, uint8_t* argma
       const float* corner = from + (2 * i * from_width + 2 * j) * channels;
       const float* at[4] = {corner, corner + channels, corner + from_width * channels,
                             corner + (from_width + 1) * channels};
-      for (int64_t c = 0; c < channels; c++) {
-        float best = at[0][c];
-        uint8_t index = 0;
+      for (int64_t c = 0; c < channels; c += W) {
+        const int64_t left = channels - c;
+        vec best = load(at[0] + c, left);
+        ints index = {};
         for (int q = 1; q < 4; q++) {
-          const float value = at[q][c];
-          const bool better = value > best || value != value;
+          const vec value = load(at[q] + c, left);
+          const ints better = (value > best) | (value != value);
           best = better ? value : best;
-          index = better ? q : index;
+          index = better ? ints{} + q : index;
         }
-        *to++ = best;
-        *argmax++ = index;
+        store(to + c, best, left);
+        store_index(argmax + c, index, left);
       }
+      to += channels;
+      argmax += channels;
     }
 }
 
@@ -258,14 +282,15 @@ void unpool_image(const float* grad, const float* extra, const uint8_t* argmax, 
   if (to_height % 2)
     std::memset(to + (to_height - 1) * to_width * channels, 0, to_width * channels * sizeof(float));
   for (int64_t i = 0; i < height; i++) {
-    for (int q = 0; q < 4; q++)
-      for (int64_t j = 0; j < width; j++) {
-        const int64_t from = (i * width + j) * channels;
-        float* out = to + ((2 * i + q / 2) * to_width + 2 * j + q % 2) * channels;
-        for (int64_t c = 0; c < channels; c++) {
-          const float g = extra ? grad[from + c] + extra[from + c] : grad[from + c];
-          out[c] = argmax[from + c] == q ? g : 0.0f;
-        }
+    for (int64_t j = 0; j < width; j++)
+      for (int64_t c = 0; c < channels; c += W) {
+        const int64_t from = (i * width + j) * channels + c, left = channels - c;
+        vec g = load(grad + from, left);
+        if (extra) g += load(extra + from, left);
+        const ints index = load_index(argmax + from, left);
+        for (int q = 0; q < 4; q++)
+          store(to + ((2 * i + q / 2) * to_width + 2 * j + q % 2) * channels + c,
+                index == q ? g : vec{}, left);
       }
     if (to_width % 2)
       for (int r = 0; r < 2; r++)
@@ -283,26 +308,26 @@ template <int C>
 void winograd_images(const Shape& s, float* x, const float* U, float* y, const PoolFrom& pool,
                      const UnpoolTo& unpool, int64_t begin, int64_t end) {
   const Tiles tiles(s);
-  const int64_t channels = C ? C : s.c_in, rows = 24;
+  const int64_t channels = C ? C : s.c_in;
   const int64_t pixels = s.height * s.width, total = end * tiles.per_image;
-  const int64_t of_v = 36 * plane(rows, round_up(channels, W)), of_m = 36 * plane(rows, GROUP);
-  std::vector<float> scratch(of_v + of_m + channels + W);
-  float *V = scratch.data(), *M = V + of_v, *zeros = M + of_m;
+  const int64_t of_v = 36 * plane(round_up(channels, W)), of_m = 36 * plane(GROUP);
+  const Scratch scratch(of_v + of_m + channels + W);
+  float *V = scratch.data, *M = V + of_v, *zeros = M + of_m;
   int64_t pooled = begin, unpooled = begin;
-  for (int64_t first = begin * tiles.per_image; first < total; first += rows) {
-    const int64_t count = std::min(rows, total - first);
+  for (int64_t first = begin * tiles.per_image; first < total; first += ROWS) {
+    const int64_t count = std::min(ROWS, total - first);
     const int64_t last_image = (first + count - 1) / tiles.per_image;
     for (; pool.source && pooled <= last_image; pooled++)
       pool_image(pool.source + pooled * pool.source_height * pool.source_width * channels,
                  pool.source_width, x + pooled * pixels * channels,
                  pool.argmax + pooled * pixels * channels, s.height, s.width, channels);
-    input_block<C>(tiles, x, s.c_in, first, count, rows, zeros, V);
+    input_block<C>(tiles, x, s.c_in, first, count, zeros, V);
     for (int64_t k = 0; k < s.c_out; k += GROUP) {
       const float* group = U + k * 36 * channels;
       if (s.c_out - k > W)
-        output_block<C, 2>(tiles, s, k, first, count, rows, V, group, M, y);
+        output_block<C, 2>(tiles, s, k, first, count, V, group, M, y);
       else
-        output_block<C, 1>(tiles, s, k, first, count, rows, V, group, M, y);
+        output_block<C, 1>(tiles, s, k, first, count, V, group, M, y);
     }
     const int64_t done = first + count == total ? end : (first + count) / tiles.per_image;
     for (; unpool.target && unpooled < done; unpooled++) {
@@ -353,13 +378,12 @@ void grad_weight_images(const Shape& s, const float* x, const float* grad_y, int
   const Tiles tiles(s);
   const int64_t channels = C ? C : s.c_in, ld_v = round_up(channels, W);
   const int64_t ld_g = round_up(s.c_out, W), total = end * tiles.per_image;
-  const int64_t rows = ld_v + ld_g <= 64 ? 48 : 24;
-  const int64_t plane_v = plane(rows, ld_v), plane_g = plane(rows, ld_g);
-  std::vector<float> scratch(36 * (plane_v + plane_g) + std::max(channels, s.c_out) + W);
-  float *V = scratch.data(), *G = V + 36 * plane_v, *zeros = G + 36 * plane_g;
-  for (int64_t first = begin * tiles.per_image; first < total; first += rows) {
-    const int64_t count = std::min(rows, total - first);
-    input_block<C>(tiles, x, s.c_in, first, count, rows, zeros, V);
+  const int64_t plane_v = plane(ld_v), plane_g = plane(ld_g);
+  const Scratch scratch(36 * (plane_v + plane_g) + std::max(channels, s.c_out) + W);
+  float *V = scratch.data, *G = V + 36 * plane_v, *zeros = G + 36 * plane_g;
+  for (int64_t first = begin * tiles.per_image; first < total; first += ROWS) {
+    const int64_t count = std::min(ROWS, total - first);
+    input_block<C>(tiles, x, s.c_in, first, count, zeros, V);
     for (int64_t t = 0; t < count; t++) {
       const int64_t image = (first + t) / tiles.per_image, tile = (first + t) % tiles.per_image;
       const int64_t top = tile / tiles.across * 4, left = tile % tiles.across * 4;
@@ -398,28 +422,28 @@ void grad_weight_images(const Shape& s, const float* x, const float* grad_y, int
 
 void winograd(const Shape& s, float* x, const float* weight, bool flipped, float* y,
               const PoolFrom& pool, const UnpoolTo& unpool) {
-  std::vector<float> U(36 * s.c_in * round_up(s.c_out, W));
-  weight_transform(s, weight, flipped, U.data());
+  const Scratch U(36 * s.c_in * round_up(s.c_out, W));
+  weight_transform(s, weight, flipped, U.data);
   const auto images = s.c_in == 16 ? winograd_images<16> : s.c_in == 32 ? winograd_images<32>
                     : s.c_in == 64 ? winograd_images<64> : s.c_in == 8 ? winograd_images<8> : winograd_images<0>;
   const int64_t threads = at::get_num_threads();
   at::parallel_for(0, threads, 1, [&](int64_t t, int64_t last) {
     for (int64_t begin, end; t < last; t++) {
       share(s.batch, t, threads, begin, end);
-      images(s, x, U.data(), y, pool, unpool, begin, end);
+      images(s, x, U.data, y, pool, unpool, begin, end);
     }
   });
 }
 
 void winograd_grad_weight(const Shape& s, const float* x, const float* grad_y, float* grad_weight) {
   const int64_t ld = round_up(s.c_out, W), size = 36 * s.c_in * ld, threads = at::get_num_threads();
-  std::vector<float> dU(threads * size);
+  const Scratch dU(threads * size);
   const auto images = s.c_in == 16 ? grad_weight_images<16> : s.c_in == 32 ? grad_weight_images<32>
                     : s.c_in == 64 ? grad_weight_images<64> : s.c_in == 8 ? grad_weight_images<8> : grad_weight_images<0>;
   at::parallel_for(0, threads, 1, [&](int64_t t, int64_t last) {
     for (int64_t begin, end; t < last; t++) {
       share(s.batch, t, threads, begin, end);
-      images(s, x, grad_y, begin, end, dU.data() + t * size);
+      images(s, x, grad_y, begin, end, dU.data + t * size);
     }
   });
   at::parallel_for(0, s.c_in, 4, [&](int64_t begin, int64_t end) {
@@ -427,7 +451,7 @@ void winograd_grad_weight(const Shape& s, const float* x, const float* grad_y, f
       for (int64_t k = 0; k < s.c_out; k += W) {
         vec u[36] = {};
         for (int64_t t = 0; t < threads; t++)  // in a fixed order
-          for (int p = 0; p < 36; p++) u[p] += load(&dU[t * size + (p * s.c_in + c) * ld + k]);
+          for (int p = 0; p < 36; p++) u[p] += load(dU.data + t * size + (p * s.c_in + c) * ld + k);
         for (int j = 0; j < 6; j++) transform_weight_back(u + j, 6);
         for (int i = 0; i < 3; i++) transform_weight_back(u + 6 * i, 1);
         for (int64_t lane = 0; lane < std::min(W, s.c_out - k); lane++)

@@ -1,4 +1,4 @@
-"""kernels/: the operator against float64, its torch rules, its build, and the CUDA source on a CPU."""
+"""kernels/: the operator against float64, its torch rules, its build; CUDA source on a CPU."""
 import ctypes
 import os
 import shutil
@@ -265,8 +265,8 @@ def test_stages_run_without_the_folder(tmp_path):
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_nvcc_accepts_the_kernels(architecture, tmp_path):
     done = subprocess.run(["nvcc", "-std=c++17", "-O3", f"-arch={architecture}", "-Werror",
-                           "all-warnings", "-Xptxas", "-v", "-c", str(ROOT / "kernels/pool_conv.cu"),
-                           "-o", str(tmp_path / "out.o")], capture_output=True, text=True)
+                           "all-warnings", "-c", str(ROOT / "kernels" / "pool_conv.cu"), "-o",
+                           str(tmp_path / "out.o")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -275,8 +275,8 @@ WRAPPER = """
 #include "pool_conv.cu"
 using namespace pool_conv;
 extern "C" {
-void forward(int t, Layer* g, bool plain, void* x, void* w, void* y, void* pooled, uint8_t* argmax) {
-  launch_forward(Type(t), *g, plain, x, w, y, pooled, argmax, nullptr);
+void forward(int t, Layer* g, bool plain, void* x, void* w, void* y, void* pooled, uint8_t* index) {
+  launch_forward(Type(t), *g, plain, x, w, y, pooled, index, nullptr);
 }
 void grad_input(int t, Layer* g, void* gy, void* w, uint8_t* argmax, void* extra, void* gx) {
   launch_grad_input(Type(t), *g, gy, w, argmax, extra, gx, nullptr);
@@ -305,7 +305,7 @@ def pointer(tensor):
 
 
 def guarded(shape, dtype):
-    """A tensor, NHWC in memory, amid values that nothing may change; and the check that none did."""
+    """A tensor, NHWC, amid values that nothing may change; and the check that none did."""
     count = int(np.prod(shape))
     memory = torch.full((count + 64,), 7.0).to(dtype)
     n, c, h, w = shape
