@@ -3,25 +3,28 @@
     from kernels import pool_conv2d
     y, pooled = pool_conv2d(x, weight, downsample="maxpool")   # "none", "maxpool" or "stride"
 
-This folder works alone, copied into any project. The first call builds the extension (one minute,
-needs a C++ compiler and ninja; nvcc too where torch sees a GPU) and keeps it in torch's extension
-cache (TORCH_EXTENSIONS_DIR). CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS and CXX are respected. Call
-`load()` once before you trace with torch.compile.
+This folder works alone, copied into any project. The first call builds the extension (needs a C++
+compiler and ninja; nvcc too where torch sees a GPU) and keeps it in TORCH_EXTENSIONS_DIR. CXX,
+CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected. Call `load()` once before you trace with
+torch.compile.
 """
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
+import os
 import platform
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import torch
 
 __all__ = ["BuildError", "load", "pool_conv2d"]
 MODES = {"none": 0, "maxpool": 1, "stride": 2}
-_loaded = False
+_loaded, _lock = False, threading.Lock()
 
 
 class BuildError(RuntimeError):
@@ -53,19 +56,31 @@ def pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
         raise ValueError(f"x is {x.shape[2]}x{x.shape[3]}: {downsample} needs {smallest} or more")
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device}, weight on {weight.device}")
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    source, device = x, x.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, weight.dtype):
+        x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
+    if x.dtype != weight.dtype:
         raise TypeError(f"x is {x.dtype}, weight {weight.dtype}")
     if not _loaded:
         load()
     y, pooled, _ = torch.ops.pool_conv.forward(x, weight, MODES[downsample])
-    return y, pooled if downsample == "maxpool" else x
+    return y, pooled if downsample == "maxpool" else source
 
 
 def load() -> None:
     """Build (once for these sources, this torch and this CPU) and load the operators."""
     global _loaded
-    if _loaded:
-        return
+    with _lock:
+        if not _loaded:
+            try:
+                _build_and_load()
+            except Exception as error:  # a missing tool, a failed compiler: many kinds
+                raise BuildError(f"the kernels cannot be built: {_reason(error)}") from error
+            _register()
+            _loaded = True
+
+
+def _build_and_load() -> None:
     folder, cuda = Path(__file__).parent, torch.cuda.is_available()
     sources = [folder / "binding.cpp", folder / "pool_conv_cpu.cpp"]
     sources += [folder / "pool_conv.cu"] * cuda
@@ -75,26 +90,24 @@ def load() -> None:
     state = [file.read_bytes() for file in (*sources, folder / "pool_conv.h")]
     state += [str((torch.__version__, sys.version, platform.machine(), cpu, cuda)).encode()]
     name = f"pool_conv_{hashlib.sha256(b'|'.join(state)).hexdigest()[:12]}"
-    try:
-        from torch.utils import cpp_extension
-        build = Path(cpp_extension._get_build_directory(name, verbose=False))
-        with _locked(build.parent / f"{name}.lock"):
-            if not (build / "done").exists():
-                print("building the kernels (once, about 40 s) ...", file=sys.stderr, flush=True)
-                (build / "lock").unlink(missing_ok=True)  # of a build that was killed
-                native = [] if platform.system() == "Darwin" else ["-march=native", "-fopenmp"]
-                cpp_extension.load(
-                    name, [str(file) for file in sources], build_directory=str(build),
-                    extra_cflags=["-O3", "-fno-math-errno", "-fno-trapping-math", *native,
-                                  *["-DWITH_CUDA"] * cuda],
-                    extra_cuda_cflags=["-O3"], with_cuda=cuda, is_python_module=False)
-                (build / "done").touch()
-            else:
-                torch.ops.load_library(str(build / f"{name}.so"))
-    except Exception as error:  # a missing tool, a failed compiler: many kinds
-        raise BuildError(f"the kernels cannot be built: {_reason(error)}") from error
-    _register()
-    _loaded = True
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
+    build = Path(root).expanduser() / name
+    build.mkdir(parents=True, exist_ok=True)
+    with _locked(build / "one-at-a-time"):
+        if (build / "done").exists():
+            return torch.ops.load_library(str(build / f"{name}.so"))
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA: known
+        from torch.utils import cpp_extension  # slow to import, and only for building
+        print(f"building the kernels (once, about {60 if cuda else 15} s) ...", file=sys.stderr,
+              flush=True)
+        (build / "lock").unlink(missing_ok=True)  # torch's own, of a build that was killed
+        native = [] if platform.system() == "Darwin" else ["-march=native", "-fopenmp"]
+        cpp_extension.load(
+            name, [str(file) for file in sources], build_directory=str(build),
+            extra_cflags=["-O3", "-fno-math-errno", "-fno-trapping-math", *native,
+                          *["-DWITH_CUDA"] * cuda],
+            extra_cuda_cflags=["-O3"], with_cuda=cuda, is_python_module=False)
+        (build / "done").touch()
 
 
 def _reason(error: Exception) -> str:
@@ -120,7 +133,7 @@ def _locked(path: Path):
 
 
 def _register() -> None:
-    """Fake kernels, autograd, autocast and vmap of the operators."""
+    """Fake kernels, autograd and vmap of the operators."""
     forward, backward = torch.ops.pool_conv.forward, torch.ops.pool_conv.backward
     last = torch.channels_last
 
@@ -130,6 +143,7 @@ def _register() -> None:
             return x.new_empty((x.shape[0], channels, height, width), dtype=dtype
                                ).to(memory_format=last)
         n, c, height, width = x.shape
+        # as by_winograd in binding.cpp decides
         winograd = x.dtype == torch.float32 and min(weight.shape[:2]) >= 8
         index = torch.uint8 if winograd or x.is_cuda else torch.int64
         if mode == MODES["maxpool"]:
@@ -172,9 +186,6 @@ def _register() -> None:
 
     torch.library.register_autograd("pool_conv::forward", gradients, setup_context=setup)
     torch.library.register_autograd("pool_conv::backward", twice)
-    for device in ("cpu", "cuda"):
-        torch.library.register_autocast("pool_conv::forward", device, torch.bfloat16
-                                        if device == "cpu" else torch.float16)
 
     @torch.library.register_vmap("pool_conv::forward")
     def _(info, dims, x, weight, mode):

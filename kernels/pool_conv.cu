@@ -1,12 +1,12 @@
 // 3x3 convolution (padding 1, NHWC) behind an optional 2x2 max-pool, on a GPU.
 //
-//   pooled[n,i,j,c] = max over the 2x2 pixels of x at (2i,2j)          (maxpool; otherwise x itself)
+//   pooled[n,i,j,c] = max over the 2x2 pixels of x at (2i,2j)        (maxpool; otherwise x itself)
 //   y[n,i,j,k]      = sum over a,b in 0..2, c of pooled[n, S i + a - 1, S j + b - 1, c] w[k,c,a,b]
 //
 // with S = 2 for "stride" and 1 otherwise. float32, float16 and bfloat16, all summed in float32.
 //
 // What a layer costs, batch 128, forward (each gradient costs about the same again):
-//   ResNet-20 layer   GFLOP   float32 MB   H100 floor us, float32   bf16 MB   floor us, bf16 tensor cores
+//   ResNet-20 layer   GFLOP   float32 MB   H100 floor us, float32   bf16 MB  floor us, tensor cores
 //   16->16 @ 32x32    0.60      16.8       9.0  (arithmetic)         8.4       2.5 (memory)
 //   16->32 @ 16x16    0.30       6.3       4.5  (arithmetic)         3.1       0.9 (memory)
 //   32->32 @ 16x16    0.60       8.4       9.0  (arithmetic)         4.2       1.3 (memory)
@@ -20,11 +20,11 @@
 // Kernels, from simple to fast:
 //   pool_plain, conv_plain   a thread an output element; the reference on the device
 //   grad_input_plain         a thread an input element, gathering; used for stride 2
-//   conv_tiled               a block: 8x8 outputs x KB channels; input tile (pooled while it is loaded)
-//                            and weights in shared memory; a thread: 4 pixels x 4 channels in registers,
-//                            each input value used for three taps, each weight for four pixels.
-//                            The input's gradient is the same with rotated, transposed weights, and
-//                            the unpooling is its epilogue.
+//   conv_tiled               a block: 8x8 outputs x KB channels; input tile (pooled while it is
+//                            loaded) and weights in shared memory; a thread: 4 pixels x 4 channels
+//                            in registers, each input value used for three taps, each weight for
+//                            four pixels. The input's gradient is the same with rotated, transposed
+//                            weights, and the unpooling is its epilogue.
 //   grad_weight_partial      a block: all taps of 16 x 16 channels over a fixed share of the tiles;
 //                            a thread: one c, four k, nine taps, a 3x3 window sliding along the row
 //   grad_weight_sum          adds the shares in a fixed order: no atomics, bit-reproducible
@@ -99,7 +99,8 @@ template <typename T>
 __global__ void conv_plain(Layer g, const T* x, const T* weight, T* y) {
   const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (at >= int64_t(g.batch) * g.y_height * g.y_width * g.c_out) return;
-  const int k = at % g.c_out, j = at / g.c_out % g.y_width, i = at / g.c_out / g.y_width % g.y_height;
+  const int k = at % g.c_out, j = at / g.c_out % g.y_width;
+  const int i = at / g.c_out / g.y_width % g.y_height;
   const int64_t n = at / g.c_out / g.y_width / g.y_height;
   float sum = 0;
   for (int a = 0; a < 3; a++)
@@ -145,8 +146,8 @@ struct Place {
 };
 
 // grid: (tiles, c_out / KB); block: 16 * KB / 4 threads. POOL: x is pooled on the way, and the
-// blocks of the first KB channels write `pooled` and `argmax`. FLIP: weight is (c_in,c_out,3,3), read
-// transposed and rotated. If `unpool` is given (the forward's argmax), y is the pooling's input.
+// blocks of the first KB channels write `pooled` and `argmax`. FLIP: weight is (c_in,c_out,3,3),
+// read transposed and rotated. With `unpool` (the forward's argmax), y is the pooling's input.
 template <typename T, int KB, int S, bool POOL, bool FLIP>
 __global__ void __launch_bounds__(4 * KB) conv_tiled(
     Layer g, const T* __restrict__ x, const T* __restrict__ weight, T* __restrict__ y,
@@ -250,16 +251,17 @@ __global__ void __launch_bounds__(64) grad_weight_partial(
       const int q = item % 4 * 4, j = item / 4 % IN, i = item / 4 / IN;
       const int row = at.top * S + i - 1, column = at.left * S + j - 1;
       const bool inside = row >= 0 && row < g.height && column >= 0 && column < g.width;
-      load4(inside ? x + ((int64_t(at.n) * g.height + row) * g.width + column) * g.c_in + c0 + q : x,
-            inside ? g.c_in - c0 - q : 0, g.c_in % 4 == 0, xs[i][j] + q);
+      const int64_t from = ((int64_t(at.n) * g.height + row) * g.width + column) * g.c_in + c0 + q;
+      load4(x + (inside ? from : 0), inside ? g.c_in - c0 - q : 0, g.c_in % 4 == 0, xs[i][j] + q);
     }
     for (int item = threadIdx.x; item < TILE * TILE * 4; item += 64) {
       const int q = item % 4 * 4, j = item / 4 % TILE, i = item / 4 / TILE;
       const int row = at.top + i, column = at.left + j;
       const bool inside = row < g.y_height && column < g.y_width;
-      load4(inside ? grad_y + ((int64_t(at.n) * g.y_height + row) * g.y_width + column) * g.c_out +
-                         k0 + q : grad_y,
-            inside ? g.c_out - k0 - q : 0, g.c_out % 4 == 0, gs[i][j] + q);
+      const int64_t from =
+          ((int64_t(at.n) * g.y_height + row) * g.y_width + column) * g.c_out + k0 + q;
+      load4(grad_y + (inside ? from : 0), inside ? g.c_out - k0 - q : 0, g.c_out % 4 == 0,
+            gs[i][j] + q);
     }
     __syncthreads();
     for (int i = 0; i < TILE; i++) {
@@ -369,7 +371,8 @@ const char* launch_forward(Type type, const Layer& g, bool plain, const void* x,
 }
 
 const char* launch_grad_input(Type type, const Layer& g, const void* grad_y, const void* weight,
-                              const uint8_t* argmax, const void* extra, void* grad_x, void* stream) {
+                              const uint8_t* argmax, const void* extra, void* grad_x,
+                              void* stream) {
   if (g.batch) BY_TYPE(grad_input, g, grad_y, weight, argmax, extra, grad_x, cudaStream_t(stream));
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -9,15 +9,15 @@ struct Shape {
   int64_t batch, height, width, c_in, c_out;
 };
 
-// An input of the CPU convolution that is pooled on the way: `source` (N,source_height,source_width,
-// C) is max-pooled into the convolution's input x, and argmax receives 0..3 for each element.
+// An input that is pooled on the way: `source` (N,source_height,source_width,C) is max-pooled into
+// the convolution's input x, and argmax receives 0..3 for each element.
 struct PoolFrom {
   const float* source = nullptr;
   int64_t source_height = 0, source_width = 0;
   uint8_t* argmax = nullptr;
 };
 
-// The way back: x's gradient, once `extra` (or null) is added, goes to the argmax places of `target`.
+// The way back: x's gradient, with `extra` (or null) added, goes to the argmax places of `target`.
 struct UnpoolTo {
   float* target = nullptr;
   int64_t target_height = 0, target_width = 0;

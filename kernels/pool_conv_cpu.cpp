@@ -139,8 +139,8 @@ struct Tiles {
         per_image(down * across) {}
 };
 
-// From V[p] to V[p + 1]: a vector more than the tiles need, since 36 stores whose addresses differ by
-// a multiple of 4 KiB would fall into one cache set (C = 64: 1.3x for the whole convolution).
+// From V[p] to V[p + 1]: a vector more than the tiles need, or 36 stores at multiples of 4 KiB
+// would meet in one cache set (1.1x for the gradient of the weight at 64 channels).
 inline int64_t plane(int64_t width) { return ROWS * width + W; }
 
 // V[p][tile][c] = B^T x B for `count` tiles from `first`
@@ -424,8 +424,11 @@ void winograd(const Shape& s, float* x, const float* weight, bool flipped, float
               const PoolFrom& pool, const UnpoolTo& unpool) {
   const Scratch U(36 * s.c_in * round_up(s.c_out, W));
   weight_transform(s, weight, flipped, U.data);
-  const auto images = s.c_in == 16 ? winograd_images<16> : s.c_in == 32 ? winograd_images<32>
-                    : s.c_in == 64 ? winograd_images<64> : s.c_in == 8 ? winograd_images<8> : winograd_images<0>;
+  const auto images = s.c_in == 8    ? winograd_images<8>
+                      : s.c_in == 16 ? winograd_images<16>
+                      : s.c_in == 32 ? winograd_images<32>
+                      : s.c_in == 64 ? winograd_images<64>
+                                     : winograd_images<0>;
   const int64_t threads = at::get_num_threads();
   at::parallel_for(0, threads, 1, [&](int64_t t, int64_t last) {
     for (int64_t begin, end; t < last; t++) {
@@ -438,8 +441,11 @@ void winograd(const Shape& s, float* x, const float* weight, bool flipped, float
 void winograd_grad_weight(const Shape& s, const float* x, const float* grad_y, float* grad_weight) {
   const int64_t ld = round_up(s.c_out, W), size = 36 * s.c_in * ld, threads = at::get_num_threads();
   const Scratch dU(threads * size);
-  const auto images = s.c_in == 16 ? grad_weight_images<16> : s.c_in == 32 ? grad_weight_images<32>
-                    : s.c_in == 64 ? grad_weight_images<64> : s.c_in == 8 ? grad_weight_images<8> : grad_weight_images<0>;
+  const auto images = s.c_in == 8    ? grad_weight_images<8>
+                      : s.c_in == 16 ? grad_weight_images<16>
+                      : s.c_in == 32 ? grad_weight_images<32>
+                      : s.c_in == 64 ? grad_weight_images<64>
+                                     : grad_weight_images<0>;
   at::parallel_for(0, threads, 1, [&](int64_t t, int64_t last) {
     for (int64_t begin, end; t < last; t++) {
       share(s.batch, t, threads, begin, end);

@@ -1,5 +1,6 @@
 """kernels/: the operator against float64, its torch rules, its build; CUDA source on a CPU."""
 import ctypes
+import json
 import os
 import shutil
 import subprocess
@@ -169,6 +170,8 @@ def test_vmap_autocast_and_second_derivative():
     with torch.autocast("cpu", torch.bfloat16):
         y, pooled = pool_conv2d(x[0], weight, "maxpool")
     assert y.dtype == pooled.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.float16):
+        assert pool_conv2d(x[0], weight)[0].dtype == torch.float16
     assert distance(y, F.conv2d(F.max_pool2d(x[0], 2), weight, padding=1).double()) < 0.02
     x = x[0].requires_grad_()
     gradient, = torch.autograd.grad(pool_conv2d(x, weight)[0].square().sum(), x, create_graph=True)
@@ -257,6 +260,19 @@ def test_stages_run_without_the_folder(tmp_path):
         shutil.copy(ROOT / file, tmp_path)
     done = shell("search_single.py", *SMALL, "--epochs", "1", cwd=tmp_path, root=tmp_path)
     assert done.returncode == 0 and "native ops are used" in done.stderr, done.stderr
+
+
+def test_benchmark_writes_its_table(tmp_path):
+    done = shell("kernels/benchmark.py", "--layers", "8,8,8", "--batch", "4", "--repeats", "1",
+                 cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("training step") == 3, done.stderr
+    result = json.loads((tmp_path / "runs/benchmark/benchmark.json").read_text())
+    assert [row["downsample"] for row in result["layers"]] == list(MODES)
+    for row in result["layers"]:
+        assert max(row["error"].values()) < 2e-5
+        for found in row["passes"].values():
+            assert found["ratio"] == pytest.approx(found["native_ms"][1] / found["fused_ms"][1])
+    assert (tmp_path / "runs/benchmark/benchmark.png").stat().st_size > 10000
 
 
 # ----------------------------------------------------------------------------------------- CUDA
