@@ -364,7 +364,7 @@ def run_emulated(library, x, weight, downsample, grad_y, grad_pooled, plain):
 def test_cuda_kernels_on_a_cpu_against_float64(emulated, plain, downsample, dtype, tolerance,
                                                monkeypatch):
     shapes = [(2, 16, 16, 16, 16), (1, 3, 17, 9, 21), (3, 20, 40, 7, 6), (1, 33, 5, 11, 2),
-              (2, 1, 1, 2, 3)]
+              (2, 1, 1, 2, 3), (75, 2, 3, 17, 4)]  # the last: more tiles than shares of a gradient
     for i, (n, c, k, height, width) in enumerate(shapes):
         monkeypatch.setenv("EMULATION_ORDER", str(i % 3))
         torch.manual_seed(i)
