@@ -18,6 +18,8 @@ import kernels
 from kernels import pool_conv2d
 
 MODES = ("none", "maxpool", "stride")
+pytestmark = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")),
+                                reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -276,6 +278,17 @@ def test_benchmark_writes_its_table(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- CUDA
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("downsample", MODES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.float16, 2e-3),
+                                              (torch.bfloat16, 1e-2)])
+def test_on_a_gpu(dtype, tolerance, downsample):
+    for n, c, k, height, width in ((8, 16, 32, 32, 32), (3, 20, 40, 7, 6), (0, 4, 4, 4, 4)):
+        x = torch.randn(n, c, height, width, device="cuda").relu().to(dtype)
+        weight = (torch.randn(k, c, 3, 3, device="cuda") / (9 * c) ** 0.5).to(dtype)
+        check(x, weight, downsample, (tolerance,) * 3)
+
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
