@@ -5,8 +5,9 @@
 
 For each layer (C_in,C_out,output size) of ResNet-20 and each way to downsample: the median time of
 native and fused, measured in turns, and native / fused; effective GFLOP/s (of the direct
-convolution's operations); the share of this machine's matrix product; the error against float64.
-Native is the best of NCHW and channels_last, eager and, with --compile, torch.compile. Then the
+convolution's operations); the shares of this machine's matrix product (all passes) and copy
+bandwidth (forward: x and y once); the error against float64.
+Native is the best of NCHW and channels_last, eager and torch.compile (--no-compile: eager). Then the
 whole training step with both (needs common.py beside the folder). Writes --out: benchmark.json and
 benchmark.png.
 """
@@ -117,6 +118,8 @@ def measure_layer(clock, args, dtype, text, downsample) -> dict:
             "native": best, "native_ms": found[best].tolist(), "fused_ms": fused.tolist(),
             "ratio": found[best][1] / fused[1],
             "fused_gflops": operations * (3 if name == "all" else 1) / fused[1] / 1e6}
+    moved = x.element_size() * (x.numel() + args.batch * size ** 2 * c_out)
+    row["forward_gbs"] = moved / row["passes"]["forward"]["fused_ms"][1] / 1e6
     row["error"] = dict(zip(PASSES, error(kernels.pool_conv2d, last, weight, downsample)))
     row["native_error"] = dict(zip(PASSES, error(native, last, weight, downsample)))
     return row
@@ -185,7 +188,8 @@ def main() -> None:
     add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     add("--layers", nargs="+", default=LAYERS, metavar="C_IN,C_OUT,SIZE", help="layer shapes")
     add("--repeats", type=int, default=9, help="measurements of each call")
-    add("--compile", action="store_true", help="also try torch.compile for native (slow)")
+    add("--no-compile", dest="compile", action="store_false",
+        help="try native operators without torch.compile only")
     add("--out", default="runs/benchmark", help="folder for benchmark.json and benchmark.png")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
@@ -204,7 +208,7 @@ def main() -> None:
     print(f"{name}, {args.threads} threads, torch {torch.__version__}, {args.dtype}, batch "
           f"{args.batch}; matrix product {rates['mm_gflops']:.0f} GFLOP/s, copy "
           f"{rates['copy_gbs']:.0f} GB/s\n\nnative / fused{'':13}" + "".join(
-              f"{name:>12}" for name in PASSES) + "  of matrix product   error y, x, weight")
+              f"{name:>12}" for name in PASSES) + "   of product   of copy   error y, x, weight")
     rows = []
     todo = [(layer, mode) for layer in args.layers for mode in kernels.MODES]
     for layer, mode in tqdm(todo, disable=None, leave=False):
@@ -212,8 +216,9 @@ def main() -> None:
         rows.append(row)
         share = row["passes"]["all"]["fused_gflops"] / rates["mm_gflops"]
         tqdm.write(f"{layer:>12} {mode:<13}" + "".join(
-            f"{row['passes'][name]['ratio']:12.2f}" for name in PASSES) + f"{share:19.2f}   "
-            + " ".join(f"{value:.1e}" for value in row["error"].values()))
+            f"{row['passes'][name]['ratio']:12.2f}" for name in PASSES) + f"{share:13.2f}"
+            f"{row['forward_gbs'] / rates['copy_gbs']:10.2f}   " + " ".join(
+                f"{value:.1e}" for value in row["error"].values()))
     for mode in kernels.MODES:
         ratios = np.log([[row["passes"][name]["ratio"] for name in PASSES]
                          for row in rows if row["downsample"] == mode])
