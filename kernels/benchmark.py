@@ -7,9 +7,9 @@ For each layer (C_in,C_out,output size) of ResNet-20 and each way to downsample:
 native and fused, measured in turns, and native / fused; effective GFLOP/s (of the direct
 convolution's operations); the shares of this machine's matrix product (all passes) and copy
 bandwidth (forward: x and y once); the error against float64.
-Native is the best of NCHW and channels_last, eager and torch.compile (--no-compile: eager). Then the
-whole training step with both (needs common.py beside the folder). Writes --out: benchmark.json and
-benchmark.png.
+Native is the best of NCHW and channels_last, eager and torch.compile (--no-compile: eager). Then
+the whole training step with both (needs common.py beside the folder). Writes --out: benchmark.json
+and benchmark.png.
 """
 import argparse
 import json
