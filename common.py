@@ -125,7 +125,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help explains)")
 
     def parse_args(self, *args, **kwargs) -> argparse.Namespace:
-        """Parse, fill in the data set's defaults, and apply --device and --threads."""
+        """Parse, fill in the data set's defaults, and apply --device, --kernel, --threads."""
         found = super().parse_args(*args, **kwargs)
         protocol = PROTOCOLS.get(found.dataset, PAPER)
         found.epochs = found.epochs or protocol[self.epochs]

@@ -297,6 +297,11 @@ __global__ void grad_weight_sum(int64_t count, const float* partial, T* grad_wei
   grad_weight[at] = from_float<T>(sum);
 }
 
+const char* failure() {  // of the launches so far, or null
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 unsigned blocks(int64_t threads) { return (threads + 255) / 256; }
 
 template <typename T, int KB, int S, bool POOL, bool FLIP>
@@ -366,23 +371,20 @@ int64_t partial_floats(const Layer& g) { return int64_t(PARTS) * g.c_out * g.c_i
 const char* launch_forward(Type type, const Layer& g, bool plain, const void* x, const void* weight,
                            void* y, void* pooled, uint8_t* argmax, void* stream) {
   if (g.batch) BY_TYPE(forward, g, plain, x, weight, y, pooled, argmax, cudaStream_t(stream));
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return failure();
 }
 
 const char* launch_grad_input(Type type, const Layer& g, const void* grad_y, const void* weight,
                               const uint8_t* argmax, const void* extra, void* grad_x,
                               void* stream) {
   if (g.batch) BY_TYPE(grad_input, g, grad_y, weight, argmax, extra, grad_x, cudaStream_t(stream));
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return failure();
 }
 
 const char* launch_grad_weight(Type type, const Layer& g, const void* x, const void* grad_y,
                                float* partial, void* result, void* stream) {
   BY_TYPE(grad_weight, g, x, grad_y, partial, result, cudaStream_t(stream));
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return failure();
 }
 
 }  // namespace pool_conv

@@ -77,12 +77,11 @@ struct Scratch {
   Scratch(const Scratch&) = delete;
 };
 
-// The one-dimensional transforms; T is vec or float, the elements lie `stride` apart.
-template <typename T>
-inline void transform_input(T* d, int stride) {  // B^T d
-  T d0 = d[0], d1 = d[stride], d2 = d[2 * stride], d3 = d[3 * stride], d4 = d[4 * stride],
-    d5 = d[5 * stride];
-  T a = d4 - 4 * d2, b = d3 - 4 * d1, c = d4 - d2, e = 2 * (d3 - d1);
+// The one-dimensional transforms; the elements lie `stride` apart.
+inline void transform_input(vec* d, int stride) {  // B^T d
+  vec d0 = d[0], d1 = d[stride], d2 = d[2 * stride], d3 = d[3 * stride], d4 = d[4 * stride],
+      d5 = d[5 * stride];
+  vec a = d4 - 4 * d2, b = d3 - 4 * d1, c = d4 - d2, e = 2 * (d3 - d1);
   d[0] = 4 * d0 - 5 * d2 + d4;
   d[stride] = a + b;
   d[2 * stride] = a - b;
@@ -90,31 +89,28 @@ inline void transform_input(T* d, int stride) {  // B^T d
   d[4 * stride] = c - e;
   d[5 * stride] = 4 * d1 - 5 * d3 + d5;
 }
-template <typename T>
-inline void transform_output(T* m, int stride) {  // A^T m: 6 -> 4
-  T m0 = m[0], m5 = m[5 * stride];
-  T s1 = m[stride] + m[2 * stride], t1 = m[stride] - m[2 * stride];
-  T s2 = m[3 * stride] + m[4 * stride], t2 = m[3 * stride] - m[4 * stride];
+inline void transform_output(vec* m, int stride) {  // A^T m: 6 -> 4
+  vec m0 = m[0], m5 = m[5 * stride];
+  vec s1 = m[stride] + m[2 * stride], t1 = m[stride] - m[2 * stride];
+  vec s2 = m[3 * stride] + m[4 * stride], t2 = m[3 * stride] - m[4 * stride];
   m[0] = m0 + s1 + s2;
   m[stride] = t1 + 2 * t2;
   m[2 * stride] = s1 + 4 * s2;
   m[3 * stride] = t1 + 8 * t2 + m5;
 }
-template <typename T>
-inline void transform_gradient(T* g, int stride) {  // A g: 4 -> 6
-  T g0 = g[0], g1 = g[stride], g2 = g[2 * stride], g3 = g[3 * stride];
-  T s = g0 + g2, t = g1 + g3, u = g0 + 4 * g2, v = 2 * g1 + 8 * g3;
+inline void transform_gradient(vec* g, int stride) {  // A g: 4 -> 6
+  vec g0 = g[0], g1 = g[stride], g2 = g[2 * stride], g3 = g[3 * stride];
+  vec s = g0 + g2, t = g1 + g3, u = g0 + 4 * g2, v = 2 * g1 + 8 * g3;
   g[stride] = s + t;
   g[2 * stride] = s - t;
   g[3 * stride] = u + v;
   g[4 * stride] = u - v;
   g[5 * stride] = g3;
 }
-template <typename T>
-inline void transform_weight(T* w, int stride) {  // G w: 3 -> 6
-  T w0 = w[0], w1 = w[stride], w2 = w[2 * stride];
-  T s = (w0 + w2) * (-1.0f / 6), t = w1 * (1.0f / 6);
-  T u = w0 * (1.0f / 24) + w2 * (1.0f / 6), v = w1 * (1.0f / 12);
+inline void transform_weight(vec* w, int stride) {  // G w: 3 -> 6
+  vec w0 = w[0], w1 = w[stride], w2 = w[2 * stride];
+  vec s = (w0 + w2) * (-1.0f / 6), t = w1 * (1.0f / 6);
+  vec u = w0 * (1.0f / 24) + w2 * (1.0f / 6), v = w1 * (1.0f / 12);
   w[0] = w0 * 0.25f;
   w[stride] = s - t;
   w[2 * stride] = s + t;
@@ -122,10 +118,9 @@ inline void transform_weight(T* w, int stride) {  // G w: 3 -> 6
   w[4 * stride] = u - v;
   w[5 * stride] = w2;
 }
-template <typename T>
-inline void transform_weight_back(T* u, int stride) {  // G^T u: 6 -> 3
-  T s = (u[stride] + u[2 * stride]) * (1.0f / 6), t = (u[2 * stride] - u[stride]) * (1.0f / 6);
-  T p = u[3 * stride] + u[4 * stride], q = u[3 * stride] - u[4 * stride], u5 = u[5 * stride];
+inline void transform_weight_back(vec* u, int stride) {  // G^T u: 6 -> 3
+  vec s = (u[stride] + u[2 * stride]) * (1.0f / 6), t = (u[2 * stride] - u[stride]) * (1.0f / 6);
+  vec p = u[3 * stride] + u[4 * stride], q = u[3 * stride] - u[4 * stride], u5 = u[5 * stride];
   u[0] = u[0] * 0.25f - s + p * (1.0f / 24);
   u[stride] = t + q * (1.0f / 12);
   u[2 * stride] = p * (1.0f / 6) - s + u5;
@@ -137,6 +132,13 @@ struct Tiles {
   explicit Tiles(const Shape& s)
       : height(s.height), width(s.width), down((s.height + 3) / 4), across((s.width + 3) / 4),
         per_image(down * across) {}
+  struct Place {
+    int64_t image, top, left;
+  };
+  Place at(int64_t tile) const {
+    const int64_t within = tile % per_image;
+    return {tile / per_image, within / across * 4, within % across * 4};
+  }
 };
 
 // From V[p] to V[p + 1]: a vector more than the tiles need, or 36 stores at multiples of 4 KiB
@@ -149,12 +151,11 @@ void input_block(const Tiles& tiles, const float* x, int64_t c_in, int64_t first
                  const float* zeros, float* V) {
   const int64_t channels = C ? C : c_in, padded = round_up(channels, W);
   for (int64_t t = 0; t < count; t++) {
-    const int64_t image = (first + t) / tiles.per_image, tile = (first + t) % tiles.per_image;
-    const int64_t top = tile / tiles.across * 4 - 1, left = tile % tiles.across * 4 - 1;
+    const auto [image, top, left] = tiles.at(first + t);
     const float* at[36];  // the pixels; those beyond the border are zeros
     for (int i = 0; i < 6; i++)
       for (int j = 0; j < 6; j++) {
-        const int64_t r = top + i, q = left + j;
+        const int64_t r = top + i - 1, q = left + j - 1;
         const bool inside = r >= 0 && r < tiles.height && q >= 0 && q < tiles.width;
         at[6 * i + j] =
             inside ? x + ((image * tiles.height + r) * tiles.width + q) * channels : zeros;
@@ -174,7 +175,7 @@ void input_block(const Tiles& tiles, const float* x, int64_t c_in, int64_t first
   }
 }
 
-// M[r][0..N*8) = sum_c V[r][c] U[c][0..N*8) for R rows: R*N accumulators in registers
+// M[r][0..N*W) = sum_c V[r][c] U[c][0..N*W) for R rows: R*N accumulators in registers
 template <int R, int N>
 inline void product(const float* V, int64_t ld_v, const float* U, int64_t channels, float* M) {
   vec sum[R][N] = {};
@@ -188,7 +189,7 @@ inline void product(const float* V, int64_t ld_v, const float* U, int64_t channe
     for (int n = 0; n < N; n++) store(M + (r * N + n) * W, sum[r][n]);
 }
 
-// y of `count` tiles from `first`, N*8 output channels from k0: 36 products, then A^T M A
+// y of `count` tiles from `first`, N*W output channels from k0: 36 products, then A^T M A
 template <int C, int N>
 void output_block(const Tiles& tiles, const Shape& s, int64_t k0, int64_t first, int64_t count,
                   const float* V, const float* U, float* M, float* y) {
@@ -199,13 +200,12 @@ void output_block(const Tiles& tiles, const Shape& s, int64_t k0, int64_t first,
       product<R, N>(V + p * plane(padded) + t * padded, padded, U + p * channels * N * W,
                     channels, M + p * plane(GROUP) + t * N * W);
   for (int64_t t = 0; t < count; t++) {
-    const int64_t image = (first + t) / tiles.per_image, tile = (first + t) % tiles.per_image;
-    const int64_t top = tile / tiles.across * 4, left = tile % tiles.across * 4;
+    const auto [image, top, left] = tiles.at(first + t);
     const int64_t high = std::min<int64_t>(4, tiles.height - top);
     const int64_t wide = std::min<int64_t>(4, tiles.width - left);
     float* out = y + ((image * tiles.height + top) * tiles.width + left) * s.c_out + k0;
     for (int n = 0; n < N && k0 + n * W < s.c_out; n++) {
-      const int64_t left = s.c_out - k0 - n * W;
+      const int64_t channels_left = s.c_out - k0 - n * W;
       vec m[36];
       UNROLL for (int j = 0; j < 6; j++) {
         UNROLL for (int i = 0; i < 6; i++)
@@ -215,10 +215,10 @@ void output_block(const Tiles& tiles, const Shape& s, int64_t k0, int64_t first,
       UNROLL for (int i = 0; i < 4; i++) {
         transform_output(m + 6 * i, 1);
         float* line = out + i * tiles.width * s.c_out + n * W;
-        if (high == 4 && wide == 4 && left >= W) {
+        if (high == 4 && wide == 4 && channels_left >= W) {
           UNROLL for (int j = 0; j < 4; j++) store(line + j * s.c_out, m[6 * i + j]);
         } else if (i < high) {
-          for (int j = 0; j < wide; j++) store(line + j * s.c_out, m[6 * i + j], left);
+          for (int j = 0; j < wide; j++) store(line + j * s.c_out, m[6 * i + j], channels_left);
         }
       }
     }
@@ -298,10 +298,13 @@ void unpool_image(const float* grad, const float* extra, const uint8_t* argmax, 
   }
 }
 
-// images [begin, end) of thread `t` of `threads`
-void share(int64_t batch, int64_t t, int64_t threads, int64_t& begin, int64_t& end) {
-  begin = batch * t / threads;
-  end = batch * (t + 1) / threads;
+// work(t, begin, end) for every thread t: its images, the same at the same number of threads
+template <typename Work>
+void share_images(int64_t batch, const Work& work) {
+  const int64_t threads = at::get_num_threads();
+  at::parallel_for(0, threads, 1, [&](int64_t t, int64_t last) {
+    for (; t < last; t++) work(t, batch * t / threads, batch * (t + 1) / threads);
+  });
 }
 
 template <int C>
@@ -339,7 +342,7 @@ void winograd_images(const Shape& s, float* x, const float* U, float* y, const P
   }
 }
 
-// dU[p][c..c+R)[k..k+N*8) += V[p]^T (A g A^T)[p] over the tiles of a block
+// dU[p][c..c+R)[k..k+N*W) += V[p]^T (A g A^T)[p] over the tiles of a block
 template <int R, int N>
 inline void accumulate(const float* V, int64_t ld_v, const float* g, int64_t ld_g, int64_t count,
                        float* dU) {
@@ -385,8 +388,7 @@ void grad_weight_images(const Shape& s, const float* x, const float* grad_y, int
     const int64_t count = std::min(ROWS, total - first);
     input_block<C>(tiles, x, s.c_in, first, count, zeros, V);
     for (int64_t t = 0; t < count; t++) {
-      const int64_t image = (first + t) / tiles.per_image, tile = (first + t) % tiles.per_image;
-      const int64_t top = tile / tiles.across * 4, left = tile % tiles.across * 4;
+      const auto [image, top, left] = tiles.at(first + t);
       const float* at[16];
       for (int i = 0; i < 4; i++)
         for (int j = 0; j < 4; j++)
@@ -429,12 +431,8 @@ void winograd(const Shape& s, float* x, const float* weight, bool flipped, float
                       : s.c_in == 32 ? winograd_images<32>
                       : s.c_in == 64 ? winograd_images<64>
                                      : winograd_images<0>;
-  const int64_t threads = at::get_num_threads();
-  at::parallel_for(0, threads, 1, [&](int64_t t, int64_t last) {
-    for (int64_t begin, end; t < last; t++) {
-      share(s.batch, t, threads, begin, end);
-      images(s, x, U.data, y, pool, unpool, begin, end);
-    }
+  share_images(s.batch, [&](int64_t, int64_t begin, int64_t end) {
+    images(s, x, U.data, y, pool, unpool, begin, end);
   });
 }
 
@@ -446,11 +444,8 @@ void winograd_grad_weight(const Shape& s, const float* x, const float* grad_y, f
                       : s.c_in == 32 ? grad_weight_images<32>
                       : s.c_in == 64 ? grad_weight_images<64>
                                      : grad_weight_images<0>;
-  at::parallel_for(0, threads, 1, [&](int64_t t, int64_t last) {
-    for (int64_t begin, end; t < last; t++) {
-      share(s.batch, t, threads, begin, end);
-      images(s, x, grad_y, begin, end, dU.data + t * size);
-    }
+  share_images(s.batch, [&](int64_t t, int64_t begin, int64_t end) {
+    images(s, x, grad_y, begin, end, dU.data + t * size);
   });
   at::parallel_for(0, s.c_in, 4, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; c++)
