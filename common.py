@@ -439,17 +439,22 @@ def native_pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
     return F.conv2d(pooled, weight, stride=2 if downsample == "stride" else 1, padding=1), pooled
 
 
-pool_conv2d = native_pool_conv2d  # what the networks call; `choose_kernel` exchanges it
+fused = None  # the module kernels where `choose_kernel` chose it
+
+
+def pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
+                downsample: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
+    return (fused.pool_conv2d if fused else native_pool_conv2d)(x, weight, downsample)
 
 
 def choose_kernel(kernel: str, device: str) -> str:
-    """Make `pool_conv2d` the one that --kernel asks for; "fused" or "native", what it is now.
+    """Let the networks use the kernels that --kernel asks for; "fused" or "native", what it is now.
 
     auto: fused on a CPU; native on a GPU, where nobody has measured it. UserError if it must be
     fused and cannot be built; with auto that is a warning.
     """
-    global pool_conv2d
-    pool_conv2d = native_pool_conv2d
+    global fused
+    fused = None
     if kernel == "native" or (kernel == "auto" and torch.device(device).type != "cpu"):
         return "native"
     try:
@@ -460,7 +465,7 @@ def choose_kernel(kernel: str, device: str) -> str:
             raise UserError(f"--kernel fused: {error}") from error
         print(f"warning: {error}; native ops are used, slower", file=sys.stderr)
         return "native"
-    pool_conv2d = kernels.pool_conv2d
+    fused = kernels
     return "fused"
 
 
@@ -479,6 +484,8 @@ class Stem(nn.Module):
         self.norm = batch_norm(channels, supernet)
 
     def forward(self, x: torch.Tensor, downsample: str) -> torch.Tensor:
+        if fused and downsample == "none" and fused.can_fuse(x, self.conv.weight, self.norm):
+            return fused.stem(x, self.conv.weight, self.norm)
         return F.relu(self.norm(pool_conv2d(x, self.conv.weight, downsample)[0]))
 
 
@@ -492,10 +499,14 @@ class BasicBlock(nn.Module):
         self.norm1 = batch_norm(c_out, supernet)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
         self.norm2 = batch_norm(c_out, supernet)
-        self.shortcut = nn.Identity() if c_in == c_out else nn.Sequential(
+        self.shortcut = nn.Sequential() if c_in == c_out else nn.Sequential(
             nn.Conv2d(c_in, c_out, 1, bias=False), batch_norm(c_out, supernet))
 
     def forward(self, x: torch.Tensor, downsample: str) -> torch.Tensor:
+        if fused and downsample != "stride" and fused.can_fuse(x, self.conv1.weight, self.norm1):
+            shortcut = (self.shortcut[0].weight, self.shortcut[1]) if len(self.shortcut) else None
+            return fused.basic_block(x, self.conv1.weight, self.norm1, self.conv2.weight, self.norm2,
+                                     shortcut, downsample)
         y, pooled = pool_conv2d(x, self.conv1.weight, downsample)
         y, _ = pool_conv2d(F.relu(self.norm1(y)), self.conv2.weight)
         return F.relu(self.norm2(y) + self.shortcut(pooled))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["BuildError", "load", "pool_conv2d"]
+__all__ = ["BuildError", "basic_block", "can_fuse", "load", "pool_conv2d", "stem"]
 MODES = {"none": 0, "maxpool": 1, "stride": 2}
 _loaded, _lock = False, threading.Lock()
 
@@ -193,3 +193,6 @@ def _register() -> None:
                            weight if dims[1] is None else weight.select(dims[1], i), mode)
                    for i in range(info.batch_size)]
         return tuple(torch.stack(part) for part in zip(*outputs)), (0, 0, 0)
+
+
+from .block import basic_block, can_fuse, stem  # noqa: E402  needs `load`

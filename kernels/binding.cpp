@@ -42,6 +42,99 @@ Tensor bytes(at::IntArrayRef sizes, const Tensor& like) {
                                             : options);
 }
 
+// Null for a tensor that is not there
+template <typename T = float>
+const T* data(const MaybeTensor& x) { return x ? x->const_data_ptr<T>() : nullptr; }
+MaybeTensor nhwc(const MaybeTensor& x) { return x ? MaybeTensor(nhwc(*x)) : x; }
+
+// relu(normalised x), its max-pool or x, convolved: (y, rows of y's normalisation, pooled, argmax),
+// empty what was not asked for
+std::tuple<Tensor, Tensor, Tensor, Tensor> norm_conv_cpu(
+    const Tensor& x_, const MaybeTensor& norm, const Tensor& weight, const MaybeTensor& gamma,
+    const MaybeTensor& beta, double eps, bool pool, bool normalise) {
+  const Tensor x = nhwc(x_);
+  Tensor pooled = at::empty({0}, x.options()), argmax = bytes({0}, x);
+  Input in{x.const_data_ptr<float>(), data(norm)};
+  if (pool) {
+    pooled = empty_nhwc({x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2}, x);
+    argmax = bytes(pooled.sizes(), x);
+    in.pooled = pooled.mutable_data_ptr<float>();
+    in.argmax = argmax.mutable_data_ptr<uint8_t>();
+    in.x_height = x.size(2), in.x_width = x.size(3);
+  }
+  const Shape s = shape(pool ? pooled : x, weight);
+  Tensor y = empty_nhwc({s.batch, s.c_out, s.height, s.width}, x);
+  Tensor norm_y = at::empty({normalise ? NORM_ROWS : 0, s.c_out}, x.options());
+  conv_forward(s, in, weight.contiguous().const_data_ptr<float>(), y.mutable_data_ptr<float>(),
+          {data(gamma), data(beta), eps}, normalise ? norm_y.mutable_data_ptr<float>() : nullptr);
+  return {y, norm_y, pooled, argmax};
+}
+
+// (grad_x, grad_weight, rows of the way back through x's normalisation). x: the convolution's input
+// or, with `norm`, what it is made of; height, width: before the max-pool, if there is an argmax
+Outputs norm_conv_backward_cpu(const Tensor& grad_, const MaybeTensor& out, const MaybeTensor& y,
+                               const MaybeTensor& back, const Tensor& x, const MaybeTensor& norm,
+                               const MaybeTensor& gamma, const Tensor& weight,
+                               const MaybeTensor& argmax, const MaybeTensor& extra_,
+                               const MaybeTensor& extra_out, int64_t height, int64_t width,
+                               bool want_x, bool want_weight) {
+  const Tensor grad = nhwc(grad_);
+  const MaybeTensor extra = nhwc(extra_);
+  const Shape s = shape(x, weight);
+  Tensor grad_x = at::empty({0}, x.options()), grad_weight = grad_x;
+  Tensor back_x = at::empty({norm ? BACK_ROWS : 0, s.c_in}, x.options());
+  if (want_x)
+    grad_x = empty_nhwc({s.batch, s.c_in, argmax ? height : s.height, argmax ? width : s.width}, x);
+  if (want_weight) grad_weight = at::empty(weight.sizes(), weight.options());
+  const Input in{x.const_data_ptr<float>(), data(norm), nullptr,
+                 const_cast<uint8_t*>(data<uint8_t>(argmax)), height, width};
+  conv_backward(s, {grad.const_data_ptr<float>(), data(out), data(y), data(back)}, in,
+           weight.contiguous().const_data_ptr<float>(), data(extra), data(extra_out),
+           want_x ? grad_x.mutable_data_ptr<float>() : nullptr,
+           want_weight ? grad_weight.mutable_data_ptr<float>() : nullptr, data(gamma),
+           norm ? back_x.mutable_data_ptr<float>() : nullptr);
+  return {grad_x, grad_weight, back_x};
+}
+
+int64_t pixels(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
+
+Tensor moments_cpu(const Tensor& y, const MaybeTensor& gamma, const MaybeTensor& beta, double eps) {
+  Tensor norm = at::empty({NORM_ROWS, y.size(1)}, y.options());
+  moments(pixels(y), y.size(1), nhwc(y).const_data_ptr<float>(), {data(gamma), data(beta), eps},
+          norm.mutable_data_ptr<float>());
+  return norm;
+}
+
+Tensor finish_cpu(const Tensor& y, const Tensor& norm, const MaybeTensor& r,
+                  const MaybeTensor& norm_r) {
+  Tensor out = at::empty_like(y);
+  finish(pixels(y), y.size(1), y.const_data_ptr<float>(), norm.const_data_ptr<float>(), data(r),
+         data(norm_r), out.mutable_data_ptr<float>());
+  return out;
+}
+
+Gradients finish_backward_cpu(const Tensor& grad_, const Tensor& out, const Tensor& y,
+                              const Tensor& norm, const MaybeTensor& gamma, const MaybeTensor& r,
+                              const MaybeTensor& norm_r, const MaybeTensor& gamma_r) {
+  const Tensor grad = nhwc(grad_);
+  Tensor back = at::empty({BACK_ROWS, y.size(1)}, y.options()), back_r = at::empty_like(back);
+  const Normed of_r{data(r), data(norm_r), data(gamma_r), back_r.mutable_data_ptr<float>()};
+  finish_backward(pixels(y), y.size(1), grad.const_data_ptr<float>(), out.const_data_ptr<float>(),
+                  {y.const_data_ptr<float>(), norm.const_data_ptr<float>(), data(gamma),
+                   back.mutable_data_ptr<float>()}, norm_r ? &of_r : nullptr);
+  return {back, back_r};
+}
+
+Tensor apply_backward_cpu(const Tensor& grad_, const MaybeTensor& out, const Tensor& y,
+                          const Tensor& back) {
+  const Tensor grad = nhwc(grad_);
+  Tensor grad_y = at::empty_like(y);
+  apply_backward(pixels(y), y.size(1),
+                 {grad.const_data_ptr<float>(), data(out), y.const_data_ptr<float>(),
+                  back.const_data_ptr<float>()}, grad_y.mutable_data_ptr<float>());
+  return grad_y;
+}
+
 // (y, pooled, argmax); pooled and argmax are empty unless mode is MAXPOOL. argmax is 0..3 (uint8)
 // for Winograd, else ATen's index (int64).
 Outputs forward_cpu(const Tensor& x_, const Tensor& weight, int64_t mode) {
@@ -53,17 +146,8 @@ Outputs forward_cpu(const Tensor& x_, const Tensor& weight, int64_t mode) {
     }
     return {nhwc(at::conv2d(x, weight, {}, mode == STRIDE ? 2 : 1, 1)), none, index};
   }
-  PoolFrom pool;
-  Tensor in = x;
-  if (mode == MAXPOOL) {
-    in = empty_nhwc({x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2}, x);
-    index = bytes(in.sizes(), in);
-    pool = {x.const_data_ptr<float>(), x.size(2), x.size(3), index.mutable_data_ptr<uint8_t>()};
-  }
-  Tensor y = empty_nhwc({x.size(0), weight.size(0), in.size(2), in.size(3)}, x);
-  winograd(shape(in, weight), in.data_ptr<float>(), weight.contiguous().const_data_ptr<float>(),
-           false, y.mutable_data_ptr<float>(), pool, {});
-  return {y, mode == MAXPOOL ? in : none, index};
+  auto [y, norm_y, pooled, argmax] = norm_conv_cpu(x, {}, weight, {}, {}, 0, mode == MAXPOOL, false);
+  return {y, pooled, argmax};
 }
 
 // (grad_x, grad_weight), each empty unless wanted. x: the convolution's input, that is `pooled` for
@@ -73,14 +157,13 @@ Gradients backward_cpu(const Tensor& grad_y_, const MaybeTensor& grad_pooled_, c
                        int64_t width, bool want_x, bool want_weight) {
   Tensor grad_y = nhwc(grad_y_), x = nhwc(x_), none = at::empty({0}, x.options());
   Tensor grad_x = none, grad_weight = none;
-  Tensor grad_pooled = grad_pooled_ ? nhwc(*grad_pooled_) : Tensor();
   if (!by_winograd(x, weight, mode)) {
     const int64_t stride = mode == STRIDE ? 2 : 1;
     auto [grad_in, grad_w, _] = at::convolution_backward(
         grad_y, x, weight, at::OptionalIntArrayRef(), {stride, stride}, {1, 1}, {1, 1}, false,
         {0, 0}, 1, {want_x, want_weight, false});
     if (want_x && mode == MAXPOOL) {
-      if (grad_pooled.defined()) grad_in = grad_in + grad_pooled;
+      if (grad_pooled_) grad_in = grad_in + *grad_pooled_;
       Tensor sizes = empty_nhwc({x.size(0), x.size(1), height, width}, x);
       grad_x = nhwc(at::max_pool2d_with_indices_backward(nhwc(grad_in), sizes, {2, 2}, {2, 2},
                                                          {0, 0}, {1, 1}, false, argmax));
@@ -89,27 +172,10 @@ Gradients backward_cpu(const Tensor& grad_y_, const MaybeTensor& grad_pooled_, c
     }
     return {grad_x, want_weight ? grad_w.contiguous() : none};
   }
-  const Shape s = shape(x, weight);
-  if (want_x) {
-    Tensor grad_in = empty_nhwc(x.sizes(), x);
-    UnpoolTo unpool;
-    if (mode == MAXPOOL) {
-      grad_x = empty_nhwc({x.size(0), x.size(1), height, width}, x);
-      unpool = {grad_x.mutable_data_ptr<float>(), height, width, argmax.const_data_ptr<uint8_t>(),
-                grad_pooled.defined() ? grad_pooled.const_data_ptr<float>() : nullptr};
-    } else {
-      grad_x = grad_in;
-    }
-    winograd({s.batch, s.height, s.width, s.c_out, s.c_in}, grad_y.data_ptr<float>(),
-             weight.contiguous().const_data_ptr<float>(), true, grad_in.mutable_data_ptr<float>(),
-             {}, unpool);
-  }
-  if (want_weight) {
-    grad_weight = at::empty(weight.sizes(), weight.options());
-    winograd_grad_weight(s, x.const_data_ptr<float>(), grad_y.const_data_ptr<float>(),
-                         grad_weight.mutable_data_ptr<float>());
-  }
-  return {grad_x, grad_weight};
+  auto [by_x, by_weight, _] = norm_conv_backward_cpu(
+      {grad_y}, {}, {}, {}, x, {}, {}, weight, mode == MAXPOOL ? MaybeTensor(argmax) : MaybeTensor(),
+      grad_pooled_, {}, height, width, want_x, want_weight);
+  return {by_x, by_weight};
 }
 
 #ifdef WITH_CUDA
@@ -183,10 +249,27 @@ TORCH_LIBRARY(pool_conv, m) {
   m.def("backward(Tensor grad_y, Tensor? grad_pooled, Tensor x, Tensor weight, Tensor argmax, "
         "int mode, SymInt height, SymInt width, bool want_x, bool want_weight) "
         "-> (Tensor grad_x, Tensor grad_weight)");
+  m.def("norm_conv(Tensor x, Tensor? norm, Tensor weight, Tensor? gamma, Tensor? beta, float eps, "
+        "bool pool, bool normalise) -> (Tensor y, Tensor norm_y, Tensor pooled, Tensor argmax)");
+  m.def("norm_conv_backward(Tensor grad, Tensor? out, Tensor? y, Tensor? back, Tensor x, "
+        "Tensor? norm, Tensor? gamma, Tensor weight, Tensor? argmax, Tensor? extra, "
+        "Tensor? extra_out, int height, int width, bool want_x, bool want_weight) "
+        "-> (Tensor grad_x, Tensor grad_weight, Tensor back_x)");
+  m.def("moments(Tensor y, Tensor? gamma, Tensor? beta, float eps) -> Tensor norm");
+  m.def("finish(Tensor y, Tensor norm, Tensor? r, Tensor? norm_r) -> Tensor out");
+  m.def("finish_backward(Tensor grad, Tensor out, Tensor y, Tensor norm, Tensor? gamma, Tensor? r, "
+        "Tensor? norm_r, Tensor? gamma_r) -> (Tensor back, Tensor back_r)");
+  m.def("apply_backward(Tensor grad, Tensor? out, Tensor y, Tensor back) -> Tensor grad_y");
 }
 TORCH_LIBRARY_IMPL(pool_conv, CPU, m) {
   m.impl("forward", forward_cpu);
   m.impl("backward", backward_cpu);
+  m.impl("norm_conv", norm_conv_cpu);
+  m.impl("norm_conv_backward", norm_conv_backward_cpu);
+  m.impl("moments", moments_cpu);
+  m.impl("finish", finish_cpu);
+  m.impl("finish_backward", finish_backward_cpu);
+  m.impl("apply_backward", apply_backward_cpu);
 }
 #ifdef WITH_CUDA
 TORCH_LIBRARY_IMPL(pool_conv, CUDA, m) {

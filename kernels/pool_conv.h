@@ -4,34 +4,68 @@
 
 namespace pool_conv {
 
+// A batch normalisation of y with C channels, as rows of C floats:
+//   normalised = (y - center) * scale + shift,  scale = gamma * invstd
+// center is the mean rounded to a float, offset what that lacks: a mean of 1e3 beside a standard
+// deviation of 1e-2 costs no accuracy.
+enum NormRow { CENTER, OFFSET, SCALE, SHIFT, INVSTD, VARIANCE, NORM_ROWS };
+// The way back, from g, the gradient of `normalised`, also as rows of C floats:
+//   gradient of y = g * by_g + (y - center) * by_y + by_1       (CENTER is the first row here too)
+enum BackRow { BY_G = 1, BY_Y, BY_1, GRAD_GAMMA, GRAD_BETA, BACK_ROWS };
+
+struct Affine {  // gamma and beta: null for 1 and 0
+  const float *gamma = nullptr, *beta = nullptr;
+  double eps = 0;
+};
+
+// The gradient of a tensor y: `grad` itself, or by way of a normalisation and a ReLU behind y
+struct GradientOf {
+  const float* grad = nullptr;  // of y, or of out = relu(normalised y + ...)
+  const float* out = nullptr;   // null: grad is that of `normalised`
+  const float *y = nullptr, *back = nullptr;  // null: no normalisation
+};
+
+// --- CPU ---
+
 // height and width: of the convolution's input, that is behind the max-pool
 struct Shape {
   int64_t batch, height, width, c_in, c_out;
 };
 
-// An input that is pooled on the way: `source` (N,source_height,source_width,C) is max-pooled into
-// the convolution's input x, and argmax receives 0..3 for each element.
-struct PoolFrom {
-  const float* source = nullptr;
-  int64_t source_height = 0, source_width = 0;
+// The convolution's input: x, or its max-pool, or relu(normalised x)
+struct Input {
+  const float* x = nullptr;
+  const float* norm = nullptr;
+  float* pooled = nullptr;  // where the max-pool goes; argmax receives 0..3 for each element
   uint8_t* argmax = nullptr;
+  int64_t x_height = 0, x_width = 0;  // before the max-pool
 };
 
-// The way back: x's gradient, with `extra` (or null) added, goes to the argmax places of `target`.
-struct UnpoolTo {
-  float* target = nullptr;
-  int64_t target_height = 0, target_width = 0;
-  const uint8_t* argmax = nullptr;
-  const float* extra = nullptr;
+// y = conv3x3(input), padding 1. weight: (c_out,c_in,3,3). norm_y: null or rows to fill
+void conv_forward(const Shape& s, const Input& in, const float* weight, float* y, const Affine& affine,
+             float* norm_y);
+
+// Gradients of the weight and of in.x; each null if not wanted. The latter contains in addition
+// that of a shortcut from the convolution's input: `extra`, or what of it passes the ReLU that made
+// `extra_out`. With in.norm it is that of `normalised`, whose rows for the way on go to back_x.
+void conv_backward(const Shape& s, const GradientOf& g, const Input& in, const float* weight,
+              const float* extra, const float* extra_out, float* grad_x, float* grad_weight,
+              const float* gamma, float* back_x);
+
+// The rows of y's normalisation
+void moments(int64_t pixels, int64_t channels, const float* y, const Affine& affine, float* norm);
+// out = relu(normalised y + r), r: null, a tensor, or a tensor to normalise
+void finish(int64_t pixels, int64_t channels, const float* y, const float* norm, const float* r,
+            const float* norm_r, float* out);
+// The way back through `finish` to the rows of one or two normalisations
+struct Normed {
+  const float *y, *norm, *gamma;
+  float* back;
 };
-
-// y = conv3x3(x), padding 1. weight: (c_out,c_in,3,3); for the gradient of the input
-// (flipped = true) the weight is (c_in,c_out,3,3), read transposed and rotated.
-void winograd(const Shape& s, float* x, const float* weight, bool flipped, float* y,
-              const PoolFrom& pool, const UnpoolTo& unpool);
-
-// grad_weight (c_out,c_in,3,3) of y = conv3x3(x)
-void winograd_grad_weight(const Shape& s, const float* x, const float* grad_y, float* grad_weight);
+void finish_backward(int64_t pixels, int64_t channels, const float* grad, const float* out,
+                     const Normed& y, const Normed* r);
+// grad_y of g
+void apply_backward(int64_t pixels, int64_t channels, const GradientOf& g, float* grad_y);
 
 // --- CUDA ---
 

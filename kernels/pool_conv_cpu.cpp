@@ -1,22 +1,29 @@
-// 3x3 convolution (padding 1, NHWC, float32) on a CPU by Winograd's F(4x4,3x3), behind a max-pool.
+// 3x3 convolution (padding 1, NHWC, float32) on a CPU by Winograd's F(4x4,3x3), and the layers
+// around it: 2x2 max-pool, batch normalisation, ReLU, residual add.
 //
 //   y = A^T [ sum_c (G w G^T) * (B^T x B) ] A        for every tile of 4x4 outputs, 6x6 inputs
 //
 // 36 multiplications a tile instead of 144. A thread takes a fixed range of images (so results do
-// not depend on timing) and works in blocks of tiles whose transforms stay in its L2 cache:
-//   1. max-pool the images that the block touches, into x, while they are needed anyway
-//   2. V[36][tile][c]   = B^T x B                            channels are the vector dimension
-//   3. M[36][tile][k]   = V U, 36 small products, for every one or two vectors of output channels
-//   4. y                = A^T M A, straight to NHWC
-// The input's gradient is the same with rotated, transposed weights; its unpooling follows image by
-// image. The weight's gradient is the exact adjoint: dU[36][c][k] += V^T (A g A^T), then G^T dU G.
+// not depend on timing) and a few of them at a time, so that all it makes of them stays in its L2
+// cache:
+//   1. the convolution's input: x itself, its max-pool, or relu(normalised x)
+//   2. in blocks of tiles: V[36][tile][c] = B^T x B    (channels are the vector dimension),
+//      M[36][tile][k] = V U, 36 small products for every one or two vectors of output channels,
+//      y = A^T M A, straight to NHWC
+//   3. the sums of y that its normalisation needs, while y is in the cache
+// Backward, likewise: the gradient of y through the normalisation behind it, and the input, made
+// again; the weight's gradient, the exact adjoint: dU[36][c][k] += V^T (A g A^T), then G^T dU G;
+// the input's, the forward algorithm with rotated, transposed weights; then through the ReLU, the
+// shortcut or the pooling before it.
 // The interpolation points are 0, 1, -1, 2, -2, infinity. Vectors are GCC's and clang's extension:
 // AVX2, AVX-512 and NEON come from this one source.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <new>
+#include <vector>
 
 #include "pool_conv.h"
 
@@ -276,8 +283,8 @@ void pool_image(const float* from, int64_t from_width, float* to, uint8_t* argma
 }
 
 // One image: the gradient of each pooled element goes to its argmax place, zeros elsewhere
-void unpool_image(const float* grad, const float* extra, const uint8_t* argmax, float* to,
-                  int64_t to_height, int64_t to_width, int64_t channels) {
+void unpool_image(const float* grad, const uint8_t* argmax, float* to, int64_t to_height,
+                  int64_t to_width, int64_t channels) {
   const int64_t height = to_height / 2, width = to_width / 2;
   if (to_height % 2)
     std::memset(to + (to_height - 1) * to_width * channels, 0, to_width * channels * sizeof(float));
@@ -285,8 +292,7 @@ void unpool_image(const float* grad, const float* extra, const uint8_t* argmax, 
     for (int64_t j = 0; j < width; j++)
       for (int64_t c = 0; c < channels; c += W) {
         const int64_t from = (i * width + j) * channels + c, left = channels - c;
-        vec g = load(grad + from, left);
-        if (extra) g += load(extra + from, left);
+        const vec g = load(grad + from, left);
         const ints index = load_index(argmax + from, left);
         for (int q = 0; q < 4; q++)
           store(to + ((2 * i + q / 2) * to_width + 2 * j + q % 2) * channels + c,
@@ -295,50 +301,6 @@ void unpool_image(const float* grad, const float* extra, const uint8_t* argmax, 
     if (to_width % 2)
       for (int r = 0; r < 2; r++)
         std::memset(to + ((2 * i + r + 1) * to_width - 1) * channels, 0, channels * sizeof(float));
-  }
-}
-
-// work(t, begin, end) for every thread t: its images, the same at the same number of threads
-template <typename Work>
-void share_images(int64_t batch, const Work& work) {
-  const int64_t threads = at::get_num_threads();
-  at::parallel_for(0, threads, 1, [&](int64_t t, int64_t last) {
-    for (; t < last; t++) work(t, batch * t / threads, batch * (t + 1) / threads);
-  });
-}
-
-template <int C>
-void winograd_images(const Shape& s, float* x, const float* U, float* y, const PoolFrom& pool,
-                     const UnpoolTo& unpool, int64_t begin, int64_t end) {
-  const Tiles tiles(s);
-  const int64_t channels = C ? C : s.c_in;
-  const int64_t pixels = s.height * s.width, total = end * tiles.per_image;
-  const int64_t of_v = 36 * plane(round_up(channels, W)), of_m = 36 * plane(GROUP);
-  const Scratch scratch(of_v + of_m + channels + W);
-  float *V = scratch.data, *M = V + of_v, *zeros = M + of_m;
-  int64_t pooled = begin, unpooled = begin;
-  for (int64_t first = begin * tiles.per_image; first < total; first += ROWS) {
-    const int64_t count = std::min(ROWS, total - first);
-    const int64_t last_image = (first + count - 1) / tiles.per_image;
-    for (; pool.source && pooled <= last_image; pooled++)
-      pool_image(pool.source + pooled * pool.source_height * pool.source_width * channels,
-                 pool.source_width, x + pooled * pixels * channels,
-                 pool.argmax + pooled * pixels * channels, s.height, s.width, channels);
-    input_block<C>(tiles, x, s.c_in, first, count, zeros, V);
-    for (int64_t k = 0; k < s.c_out; k += GROUP) {
-      const float* group = U + k * 36 * channels;
-      if (s.c_out - k > W)
-        output_block<C, 2>(tiles, s, k, first, count, V, group, M, y);
-      else
-        output_block<C, 1>(tiles, s, k, first, count, V, group, M, y);
-    }
-    const int64_t done = first + count == total ? end : (first + count) / tiles.per_image;
-    for (; unpool.target && unpooled < done; unpooled++) {
-      const int64_t at = unpooled * pixels * s.c_out;
-      unpool_image(y + at, unpool.extra ? unpool.extra + at : nullptr, unpool.argmax + at,
-                   unpool.target + unpooled * unpool.target_height * unpool.target_width * s.c_out,
-                   unpool.target_height, unpool.target_width, s.c_out);
-    }
   }
 }
 
@@ -375,25 +337,199 @@ inline void accumulate_rows(const float* V, int64_t ld_v, const float* g, int64_
   }
 }
 
+// work(t, begin, end) for every thread t: its part of 0..count-1, always the same at the same
+// number of threads
+template <typename Work>
+void share(int64_t count, const Work& work) {
+  const int64_t threads = at::get_num_threads();
+  at::parallel_for(0, threads, 1, [&](int64_t t, int64_t last) {
+    for (; t < last; t++) work(t, count * t / threads, count * (t + 1) / threads);
+  });
+}
+
+// ---- one tensor after another: loops over pixels, a vector of channels at a time
+
+// body(c, left, at, end): channels from c on (`left` to the last one) of some pixels, whose places
+// are at, at + channels, ... below end
+template <typename Body>
+void each(int64_t pixels, int64_t channels, const Body& body) {
+  constexpr int64_t PIXELS = 128;  // so that they stay in the L1 cache from c to c
+  for (int64_t p = 0; p < pixels; p += PIXELS)
+    for (int64_t c = 0; c < channels; c += W)
+      body(c, channels - c, p * channels + c, std::min(p + PIXELS, pixels) * channels);
+}
+
+struct Normalise {
+  vec center, scale, shift;
+  Normalise(const float* norm, int64_t channels, int64_t c, int64_t left)
+      : center(load(norm + CENTER * channels + c, left)),
+        scale(load(norm + SCALE * channels + c, left)),
+        shift(load(norm + SHIFT * channels + c, left)) {}
+  vec operator()(vec y) const { return (y - center) * scale + shift; }
+};
+// NaN passes through, and through the gradient, as in torch
+inline vec relu(vec v) { return v < 0 ? vec{} : v; }
+inline vec relu_backward(vec grad, vec out) { return out <= 0 ? vec{} : grad; }
+
+void relu_norm(int64_t pixels, int64_t channels, const float* y, const float* norm, float* to) {
+  each(pixels, channels, [&](int64_t c, int64_t left, int64_t at, int64_t end) {
+    const Normalise normalised(norm, channels, c, left);
+    for (; at < end; at += channels) store(to + at, relu(normalised(load(y + at, left))), left);
+  });
+}
+
+void gradient_of_y(int64_t pixels, int64_t channels, const GradientOf& g, int64_t from, float* to) {
+  const float *grad = g.grad + from, *y = g.y + from, *out = g.out ? g.out + from : nullptr;
+  each(pixels, channels, [&](int64_t c, int64_t left, int64_t at, int64_t end) {
+    const auto row = [&](int r) { return load(g.back + r * channels + c, left); };
+    const vec center = row(CENTER), by_g = row(BY_G), by_y = row(BY_Y), by_1 = row(BY_1);
+    for (; at < end; at += channels) {
+      vec v = load(grad + at, left);
+      if (out) v = relu_backward(v, load(out + at, left));
+      store(to + at, v * by_g + ((load(y + at, left) - center) * by_y + by_1), left);
+    }
+  });
+}
+
+// Two sums per thread and channel. In float over the pixels of `each`, in double beyond.
+struct Sums {
+  const int64_t channels, padded = round_up(channels, W), threads = at::get_num_threads();
+  std::vector<double> data = std::vector<double>(threads * 2 * padded);
+  explicit Sums(int64_t channels) : channels(channels) {}
+  double* of(int64_t t, int which) { return data.data() + (2 * t + which) * padded; }
+  void add(int64_t t, int64_t c, vec first, vec second) {
+    for (int64_t lane = 0; lane < W; lane++) {
+      of(t, 0)[c + lane] += first[lane];
+      of(t, 1)[c + lane] += second[lane];
+    }
+  }
+};
+
+// Mean and variance of y. A thread sums y - m and (y - m)^2 around the mean m of the first pixels
+// that it meets: close enough to the mean of all that nothing cancels.
+struct Moments : Sums {
+  const Scratch around;
+  std::vector<int64_t> pixels = std::vector<int64_t>(threads);
+  explicit Moments(int64_t channels) : Sums(channels), around(threads * padded) {}
+
+  void operator()(int64_t t, int64_t count, const float* y) {
+    float* m = around.data + t * padded;
+    if (!pixels[t])
+      for (int64_t c = 0; c < channels; c++) {
+        double sum = 0;
+        for (int64_t p = 0; p < std::min<int64_t>(count, 64); p++) sum += y[p * channels + c];
+        m[c] = sum / std::min<int64_t>(count, 64);
+      }
+    pixels[t] += count;
+    each(count, channels, [&](int64_t c, int64_t left, int64_t at, int64_t end) {
+      const vec middle = load(m + c);
+      vec sum = {}, square = {};
+      for (; at < end; at += channels) {
+        const vec d = load(y + at, left) - middle;
+        sum += d;
+        square += d * d;
+      }
+      add(t, c, sum, square);
+    });
+  }
+
+  void rows(const Affine& affine, float* norm) {
+    for (int64_t c = 0; c < channels; c++) {
+      double count = 0, mean = 0, square = 0;  // joined thread by thread (Chan et al. 1979)
+      for (int64_t t = 0; t < threads; t++) {
+        if (!pixels[t]) continue;
+        const double n = pixels[t], sum = of(t, 0)[c];
+        const double apart = around.data[t * padded + c] + sum / n - mean;
+        square += of(t, 1)[c] - sum * sum / n + apart * apart * count * n / (count + n);
+        count += n;
+        mean += apart * n / count;
+      }
+      const double variance = square / count, invstd = 1 / std::sqrt(variance + affine.eps);
+      const double scale = (affine.gamma ? affine.gamma[c] : 1) * invstd;
+      norm[CENTER * channels + c] = mean;
+      const double offset = mean - norm[CENTER * channels + c];
+      norm[OFFSET * channels + c] = offset;
+      norm[SCALE * channels + c] = scale;
+      norm[SHIFT * channels + c] = (affine.beta ? affine.beta[c] : 0) - offset * scale;
+      norm[INVSTD * channels + c] = invstd;
+      norm[VARIANCE * channels + c] = variance;
+    }
+  }
+};
+
+// Of sums of g and g (y - center): the rows of the way back through y's normalisation
+void back_rows(Sums& sums, double pixels, const float* norm, const float* gamma, float* back) {
+  const int64_t channels = sums.channels;
+  for (int64_t c = 0; c < channels; c++) {
+    const auto row = [&](int r) { return double(norm[r * channels + c]); };
+    double sum = 0, product = 0;
+    for (int64_t t = 0; t < sums.threads; t++) sum += sums.of(t, 0)[c], product += sums.of(t, 1)[c];
+    product = (product - row(OFFSET) * sum) * row(INVSTD);  // of g and the normalised y
+    const double by_g = (gamma ? gamma[c] : 1) * row(INVSTD);
+    const double by_y = -by_g * row(INVSTD) * product / pixels;
+    back[CENTER * channels + c] = row(CENTER);
+    back[BY_G * channels + c] = by_g;
+    back[BY_Y * channels + c] = by_y;
+    back[BY_1 * channels + c] = -by_g * sum / pixels - by_y * row(OFFSET);
+    back[GRAD_GAMMA * channels + c] = product;
+    back[GRAD_BETA * channels + c] = sum;
+  }
+}
+
+// ---- Winograd for a few images
+
+int64_t images_at_once(const Shape& s) {  // a multiple of ROWS tiles, or what fits in the cache
+  const int64_t tiles = Tiles(s).per_image;
+  const int64_t bytes = 4 * s.height * s.width * std::max(s.c_in, s.c_out);
+  int64_t images = 1;
+  while (images * tiles % ROWS && (images + 1) * bytes <= 256 << 10) images++;
+  return images;
+}
+
+struct Work {  // scratch of a thread, for channels up to max(c_in, c_out)
+  const int64_t widest, of_block;
+  const Scratch scratch;
+  float *const V, *const M, *const zeros;
+  explicit Work(const Shape& s)
+      : widest(round_up(std::max(s.c_in, s.c_out), W)), of_block(36 * plane(std::max(widest, GROUP))),
+        scratch(2 * of_block + widest), V(scratch.data), M(V + of_block), zeros(M + of_block) {}
+};
+
 template <int C>
-void grad_weight_images(const Shape& s, const float* x, const float* grad_y, int64_t begin,
-                        int64_t end, float* dU) {
+void convolve(const Shape& s, const float* x, const float* U, float* y, int64_t images,
+              const Work& work) {
+  const Tiles tiles(s);
+  const int64_t total = images * tiles.per_image;
+  for (int64_t first = 0; first < total; first += ROWS) {
+    const int64_t count = std::min(ROWS, total - first);
+    input_block<C>(tiles, x, s.c_in, first, count, work.zeros, work.V);
+    for (int64_t k = 0; k < s.c_out; k += GROUP) {
+      const float* group = U + k * 36 * s.c_in;
+      if (s.c_out - k > W)
+        output_block<C, 2>(tiles, s, k, first, count, work.V, group, work.M, y);
+      else
+        output_block<C, 1>(tiles, s, k, first, count, work.V, group, work.M, y);
+    }
+  }
+}
+
+template <int C>
+void weight_gradient(const Shape& s, const float* x, const float* grad_y, int64_t images, float* dU,
+                     const Work& work) {
   const Tiles tiles(s);
   const int64_t channels = C ? C : s.c_in, ld_v = round_up(channels, W);
-  const int64_t ld_g = round_up(s.c_out, W), total = end * tiles.per_image;
-  const int64_t plane_v = plane(ld_v), plane_g = plane(ld_g);
-  const Scratch scratch(36 * (plane_v + plane_g) + std::max(channels, s.c_out) + W);
-  float *V = scratch.data, *G = V + 36 * plane_v, *zeros = G + 36 * plane_g;
-  for (int64_t first = begin * tiles.per_image; first < total; first += ROWS) {
+  const int64_t ld_g = round_up(s.c_out, W), total = images * tiles.per_image;
+  float* const G = work.M;
+  for (int64_t first = 0; first < total; first += ROWS) {
     const int64_t count = std::min(ROWS, total - first);
-    input_block<C>(tiles, x, s.c_in, first, count, zeros, V);
+    input_block<C>(tiles, x, s.c_in, first, count, work.zeros, work.V);
     for (int64_t t = 0; t < count; t++) {
       const auto [image, top, left] = tiles.at(first + t);
       const float* at[16];
       for (int i = 0; i < 4; i++)
         for (int j = 0; j < 4; j++)
           at[4 * i + j] = top + i < s.height && left + j < s.width
-              ? grad_y + ((image * s.height + top + i) * s.width + left + j) * s.c_out : zeros;
+              ? grad_y + ((image * s.height + top + i) * s.width + left + j) * s.c_out : work.zeros;
       for (int64_t k = 0; k < s.c_out; k += W) {
         vec g[36];
         UNROLL for (int i = 0; i < 4; i++) {
@@ -403,13 +539,13 @@ void grad_weight_images(const Shape& s, const float* x, const float* grad_y, int
         UNROLL for (int j = 0; j < 6; j++) {
           transform_gradient(g + j, 6);
           UNROLL for (int i = 0; i < 6; i++)
-            store(G + (6 * i + j) * plane_g + t * ld_g + k, g[6 * i + j]);
+            store(G + (6 * i + j) * plane(ld_g) + t * ld_g + k, g[6 * i + j]);
         }
       }
     }
     for (int p = 0; p < 36; p++)
       for (int64_t k = 0; k < ld_g;) {
-        const float *v = V + p * plane_v, *g = G + p * plane_g + k;
+        const float *v = work.V + p * plane(ld_v), *g = G + p * plane(ld_g) + k;
         float* to = dU + p * channels * ld_g + k;
         if (ld_g - k >= 2 * W) {
           accumulate_rows<2>(v, ld_v, g, ld_g, count, channels, to), k += 2 * W;
@@ -420,39 +556,15 @@ void grad_weight_images(const Shape& s, const float* x, const float* grad_y, int
   }
 }
 
-}  // namespace
-
-void winograd(const Shape& s, float* x, const float* weight, bool flipped, float* y,
-              const PoolFrom& pool, const UnpoolTo& unpool) {
-  const Scratch U(36 * s.c_in * round_up(s.c_out, W));
-  weight_transform(s, weight, flipped, U.data);
-  const auto images = s.c_in == 8    ? winograd_images<8>
-                      : s.c_in == 16 ? winograd_images<16>
-                      : s.c_in == 32 ? winograd_images<32>
-                      : s.c_in == 64 ? winograd_images<64>
-                                     : winograd_images<0>;
-  share_images(s.batch, [&](int64_t, int64_t begin, int64_t end) {
-    images(s, x, U.data, y, pool, unpool, begin, end);
-  });
-}
-
-void winograd_grad_weight(const Shape& s, const float* x, const float* grad_y, float* grad_weight) {
+// grad_weight = G^T dU G of the threads' sums, added in a fixed order
+void weight_transform_back(const Shape& s, const float* dU, float* grad_weight) {
   const int64_t ld = round_up(s.c_out, W), size = 36 * s.c_in * ld, threads = at::get_num_threads();
-  const Scratch dU(threads * size);
-  const auto images = s.c_in == 8    ? grad_weight_images<8>
-                      : s.c_in == 16 ? grad_weight_images<16>
-                      : s.c_in == 32 ? grad_weight_images<32>
-                      : s.c_in == 64 ? grad_weight_images<64>
-                                     : grad_weight_images<0>;
-  share_images(s.batch, [&](int64_t t, int64_t begin, int64_t end) {
-    images(s, x, grad_y, begin, end, dU.data + t * size);
-  });
   at::parallel_for(0, s.c_in, 4, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; c++)
       for (int64_t k = 0; k < s.c_out; k += W) {
         vec u[36] = {};
-        for (int64_t t = 0; t < threads; t++)  // in a fixed order
-          for (int p = 0; p < 36; p++) u[p] += load(dU.data + t * size + (p * s.c_in + c) * ld + k);
+        for (int64_t t = 0; t < threads; t++)
+          for (int p = 0; p < 36; p++) u[p] += load(dU + t * size + (p * s.c_in + c) * ld + k);
         for (int j = 0; j < 6; j++) transform_weight_back(u + j, 6);
         for (int i = 0; i < 3; i++) transform_weight_back(u + 6 * i, 1);
         for (int64_t lane = 0; lane < std::min(W, s.c_out - k); lane++)
@@ -460,6 +572,158 @@ void winograd_grad_weight(const Shape& s, const float* x, const float* grad_y, f
             for (int j = 0; j < 3; j++)
               grad_weight[((k + lane) * s.c_in + c) * 9 + 3 * i + j] = u[6 * i + j][lane];
       }
+  });
+}
+
+// The channel counts of the usual networks are known to the compiler, others are not.
+#define BY_CHANNELS(function, c)                                               \
+  ((c) == 8    ? function<8>                                                   \
+   : (c) == 16 ? function<16>                                                  \
+   : (c) == 32 ? function<32>                                                  \
+   : (c) == 64 ? function<64>                                                  \
+               : function<0>)
+
+}  // namespace
+
+void conv_forward(const Shape& s, const Input& in, const float* weight, float* y, const Affine& affine,
+             float* norm_y) {
+  const Scratch U(36 * s.c_in * round_up(s.c_out, W));
+  weight_transform(s, weight, false, U.data);
+  const int64_t pixels = s.height * s.width, step = images_at_once(s);
+  Moments sums(s.c_out);
+  share(s.batch, [&](int64_t t, int64_t begin, int64_t end) {
+    const Work work(s);
+    const Scratch normalised(in.norm ? step * pixels * s.c_in : 0);
+    for (int64_t first = begin; first < end; first += step) {
+      const int64_t images = std::min(step, end - first), from = first * pixels * s.c_in;
+      const float* x = in.x + (in.pooled ? 0 : from);
+      for (int64_t i = 0; in.pooled && i < images; i++)
+        pool_image(in.x + (first + i) * in.x_height * in.x_width * s.c_in, in.x_width,
+                   in.pooled + from + i * pixels * s.c_in, in.argmax + from + i * pixels * s.c_in,
+                   s.height, s.width, s.c_in);
+      if (in.pooled) x = in.pooled + from;
+      if (in.norm) {
+        relu_norm(images * pixels, s.c_in, x, in.norm, normalised.data);
+        x = normalised.data;
+      }
+      float* to = y + first * pixels * s.c_out;
+      BY_CHANNELS(convolve, s.c_in)(s, x, U.data, to, images, work);
+      if (norm_y) sums(t, images * pixels, to);
+    }
+  });
+  if (norm_y) sums.rows(affine, norm_y);
+}
+
+void conv_backward(const Shape& s, const GradientOf& g, const Input& in, const float* weight,
+              const float* extra, const float* extra_out, float* grad_x, float* grad_weight,
+              const float* gamma, float* back_x) {
+  const Shape back{s.batch, s.height, s.width, s.c_out, s.c_in};
+  const int64_t pixels = s.height * s.width, step = images_at_once(s);
+  const int64_t size = 36 * s.c_in * round_up(s.c_out, W);
+  const Scratch U(grad_x ? 36 * s.c_out * round_up(s.c_in, W) : 0);
+  const Scratch dU(grad_weight ? at::get_num_threads() * size : 0);
+  if (grad_x) weight_transform(back, weight, true, U.data);
+  Sums sums(s.c_in);
+  share(s.batch, [&](int64_t t, int64_t begin, int64_t end) {
+    const Work work(s);
+    const int64_t of_x = step * pixels * s.c_in, of_y = step * pixels * s.c_out;
+    const Scratch scratch(2 * of_x + of_y);
+    float *const grad_y_here = scratch.data, *const x_here = grad_y_here + of_y;
+    float* const grad_x_here = x_here + of_x;
+    for (int64_t first = begin; first < end; first += step) {
+      const int64_t images = std::min(step, end - first), count = images * pixels;
+      const int64_t at_x = first * pixels * s.c_in, at_y = first * pixels * s.c_out;
+      const float *x = in.x + at_x, *grad_y = g.grad + at_y;
+      if (g.back) {
+        gradient_of_y(count, s.c_out, g, at_y, grad_y_here);
+        grad_y = grad_y_here;
+      }
+      if (in.norm) {
+        relu_norm(count, s.c_in, x, in.norm, x_here);
+        x = x_here;
+      }
+      if (grad_weight)
+        BY_CHANNELS(weight_gradient, s.c_in)(s, x, grad_y, images, dU.data + t * size, work);
+      if (!grad_x) continue;
+      float* to = in.argmax ? grad_x_here : grad_x + at_x;
+      BY_CHANNELS(convolve, s.c_out)(back, grad_y, U.data, to, images, work);
+      each(count, s.c_in, [&](int64_t c, int64_t left, int64_t at, int64_t end) {
+        if (in.norm) {
+          const vec center = load(in.norm + CENTER * s.c_in + c, left);
+          vec sum = {}, product = {};
+          for (; at < end; at += s.c_in) {
+            const vec v = relu_backward(load(to + at, left), load(x + at, left));
+            sum += v;
+            product += v * (load(in.x + at_x + at, left) - center);
+            store(to + at, v, left);
+          }
+          sums.add(t, c, sum, product);
+        }
+        for (; extra && at < end; at += s.c_in) {
+          vec v = load(extra + at_x + at, left);
+          if (extra_out) v = relu_backward(v, load(extra_out + at_x + at, left));
+          store(to + at, load(to + at, left) + v, left);
+        }
+      });
+      for (int64_t i = 0; in.argmax && i < images; i++)
+        unpool_image(to + i * pixels * s.c_in, in.argmax + at_x + i * pixels * s.c_in,
+                     grad_x + (first + i) * in.x_height * in.x_width * s.c_in, in.x_height,
+                     in.x_width, s.c_in);
+    }
+  });
+  if (grad_weight) weight_transform_back(s, dU.data, grad_weight);
+  if (grad_x && in.norm) back_rows(sums, s.batch * pixels, in.norm, gamma, back_x);
+}
+
+void moments(int64_t pixels, int64_t channels, const float* y, const Affine& affine, float* norm) {
+  Moments sums(channels);
+  share(pixels, [&](int64_t t, int64_t begin, int64_t end) {
+    if (begin < end) sums(t, end - begin, y + begin * channels);
+  });
+  sums.rows(affine, norm);
+}
+
+void finish(int64_t pixels, int64_t channels, const float* y, const float* norm, const float* r,
+            const float* norm_r, float* out) {
+  share(pixels, [&](int64_t, int64_t begin, int64_t end) {
+    const int64_t from = begin * channels;
+    each(end - begin, channels, [&](int64_t c, int64_t left, int64_t at, int64_t last) {
+      const Normalise of_y(norm, channels, c, left), of_r(norm_r ? norm_r : norm, channels, c, left);
+      for (at += from, last += from; at < last; at += channels) {
+        vec v = of_y(load(y + at, left));
+        if (r) v += norm_r ? of_r(load(r + at, left)) : load(r + at, left);
+        store(out + at, relu(v), left);
+      }
+    });
+  });
+}
+
+void finish_backward(int64_t pixels, int64_t channels, const float* grad, const float* out,
+                     const Normed& y, const Normed* r) {
+  Sums sums(channels), sums_r(channels);
+  share(pixels, [&](int64_t t, int64_t begin, int64_t end) {
+    const int64_t from = begin * channels;
+    each(end - begin, channels, [&](int64_t c, int64_t left, int64_t at, int64_t last) {
+      const vec center = load(y.norm + CENTER * channels + c, left);
+      const vec center_r = r ? load(r->norm + CENTER * channels + c, left) : vec{};
+      vec sum = {}, product = {}, product_r = {};
+      for (at += from, last += from; at < last; at += channels) {
+        const vec v = relu_backward(load(grad + at, left), load(out + at, left));
+        sum += v;
+        product += v * (load(y.y + at, left) - center);
+        if (r) product_r += v * (load(r->y + at, left) - center_r);
+      }
+      sums.add(t, c, sum, product);
+      sums_r.add(t, c, sum, product_r);
+    });
+  });
+  back_rows(sums, pixels, y.norm, y.gamma, y.back);
+  if (r) back_rows(sums_r, pixels, r->norm, r->gamma, r->back);
+}
+
+void apply_backward(int64_t pixels, int64_t channels, const GradientOf& g, float* grad_y) {
+  share(pixels, [&](int64_t, int64_t begin, int64_t end) {
+    gradient_of_y(end - begin, channels, g, begin * channels, grad_y + begin * channels);
   });
 }
 
