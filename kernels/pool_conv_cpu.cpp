@@ -76,10 +76,10 @@ inline void store_index(uint8_t* p, ints index, int64_t count) {
 #define UNROLL _Pragma("GCC unroll 36")  // else the 36 elements of a tile go through memory
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Zeros on whole cache lines: a vector across two lines costs two accesses.
+// On whole cache lines: a vector across two of them costs two accesses. Not initialised.
 struct Scratch {
   float* const data;
-  explicit Scratch(int64_t count) : data(new (std::align_val_t(64)) float[count]()) {}
+  explicit Scratch(int64_t count) : data(new (std::align_val_t(64)) float[count]) {}
   ~Scratch() { ::operator delete[](data, std::align_val_t(64)); }
   Scratch(const Scratch&) = delete;
 };
@@ -133,12 +133,13 @@ inline void transform_weight_back(vec* u, int stride) {  // G^T u: 6 -> 3
   u[2 * stride] = p * (1.0f / 6) - s + u5;
 }
 
-// Tiles of 4x4 outputs, numbered through the images.
+// Tiles of 4x4 outputs, numbered through the images. What they are made from lies in images with a
+// border of zeros, 4 * down + 2 rows of 4 * across + 2 pixels, so that no tile is a special case.
 struct Tiles {
-  int64_t height, width, down, across, per_image;
+  int64_t height, width, down, across, per_image, row, padded;
   explicit Tiles(const Shape& s)
       : height(s.height), width(s.width), down((s.height + 3) / 4), across((s.width + 3) / 4),
-        per_image(down * across) {}
+        per_image(down * across), row(4 * across + 2), padded((4 * down + 2) * row) {}
   struct Place {
     int64_t image, top, left;
   };
@@ -146,37 +147,34 @@ struct Tiles {
     const int64_t within = tile % per_image;
     return {tile / per_image, within / across * 4, within % across * 4};
   }
+  int64_t corner(int64_t tile) const {  // of its 6x6 inputs, in padded pixels
+    const auto [image, top, left] = at(tile);
+    return image * padded + top * row + left;
+  }
 };
 
 // From V[p] to V[p + 1]: a vector more than the tiles need, or 36 stores at multiples of 4 KiB
 // would meet in one cache set (1.1x for the gradient of the weight at 64 channels).
 inline int64_t plane(int64_t width) { return ROWS * width + W; }
 
-// V[p][tile][c] = B^T x B for `count` tiles from `first`
+// V[p][tile][c] = B^T x B for `count` tiles from `first`; x padded
 template <int C>
 void input_block(const Tiles& tiles, const float* x, int64_t c_in, int64_t first, int64_t count,
-                 const float* zeros, float* V) {
-  const int64_t channels = C ? C : c_in, padded = round_up(channels, W);
+                 float* V) {
+  const int64_t channels = C ? C : c_in, ld = round_up(channels, W);
   for (int64_t t = 0; t < count; t++) {
-    const auto [image, top, left] = tiles.at(first + t);
-    const float* at[36];  // the pixels; those beyond the border are zeros
-    for (int i = 0; i < 6; i++)
-      for (int j = 0; j < 6; j++) {
-        const int64_t r = top + i - 1, q = left + j - 1;
-        const bool inside = r >= 0 && r < tiles.height && q >= 0 && q < tiles.width;
-        at[6 * i + j] =
-            inside ? x + ((image * tiles.height + r) * tiles.width + q) * channels : zeros;
-      }
+    const float* corner = x + tiles.corner(first + t) * channels;
     for (int64_t c = 0; c < channels; c += W) {
       vec d[36];
       UNROLL for (int j = 0; j < 6; j++) {
-        UNROLL for (int i = 0; i < 6; i++) d[6 * i + j] = load(at[6 * i + j] + c, channels - c);
+        UNROLL for (int i = 0; i < 6; i++)
+          d[6 * i + j] = load(corner + (i * tiles.row + j) * channels + c, channels - c);
         transform_input(d + j, 6);
       }
       UNROLL for (int i = 0; i < 6; i++) {
         transform_input(d + 6 * i, 1);
         UNROLL for (int j = 0; j < 6; j++)
-          store(V + (6 * i + j) * plane(padded) + t * padded + c, d[6 * i + j]);
+          store(V + (6 * i + j) * plane(ld) + t * ld + c, d[6 * i + j]);
       }
     }
   }
@@ -238,18 +236,14 @@ void weight_transform(const Shape& s, const float* weight, bool flipped, float* 
     for (int64_t k0 = 0; k0 < s.c_out; k0 += W) {
       const int64_t group = k0 / GROUP * GROUP, wide = s.c_out - group > W ? GROUP : W;
       for (int64_t c = begin; c < end; c++) {
-        float w[36][W] = {};  // w[6 i + j][lane]
+        vec v[36] = {};  // v[6 i + j][lane]
         for (int64_t k = k0; k < std::min(k0 + W, s.c_out); k++) {
           const float* from = weight + (flipped ? c * s.c_out + k : k * s.c_in + c) * 9;
-          for (int i = 0; i < 3; i++)
-            for (int j = 0; j < 3; j++)
-              w[6 * i + j][k - k0] = from[flipped ? 8 - 3 * i - j : 3 * i + j];
+          for (int i = 0; i < 9; i++) v[i / 3 * 6 + i % 3][k - k0] = from[flipped ? 8 - i : i];
         }
-        vec v[36];
-        std::memcpy(v, w, sizeof(v));
-        for (int j = 0; j < 3; j++) transform_weight(v + j, 6);
-        for (int i = 0; i < 6; i++) transform_weight(v + 6 * i, 1);
-        for (int i = 0; i < 36; i++)
+        UNROLL for (int j = 0; j < 3; j++) transform_weight(v + j, 6);
+        UNROLL for (int i = 0; i < 6; i++) transform_weight(v + 6 * i, 1);
+        UNROLL for (int i = 0; i < 36; i++)
           store(U + group * 36 * s.c_in + (i * s.c_in + c) * wide + k0 - group, v[i]);
       }
     }
@@ -347,47 +341,79 @@ void share(int64_t count, const Work& work) {
   });
 }
 
-// ---- one tensor after another: loops over pixels, a vector of channels at a time
+// ---- loops over pixels, a vector of channels at a time
 
-// body(c, left, at, end): channels from c on (`left` to the last one) of some pixels, whose places
-// are at, at + channels, ... below end
+constexpr int64_t PIXELS = 128;  // that stay in the L1 cache from one vector of channels to the next
+
+// body(c, left, loop): channels from c on (`left` to the last one) of some pixels;
+// loop(pixel) calls pixel(at) for each, its place
 template <typename Body>
 void each(int64_t pixels, int64_t channels, const Body& body) {
-  constexpr int64_t PIXELS = 128;  // so that they stay in the L1 cache from c to c
   for (int64_t p = 0; p < pixels; p += PIXELS)
     for (int64_t c = 0; c < channels; c += W)
-      body(c, channels - c, p * channels + c, std::min(p + PIXELS, pixels) * channels);
+      body(c, channels - c, [&](const auto& pixel) {
+        const int64_t end = std::min(p + PIXELS, pixels) * channels;
+        for (int64_t at = p * channels + c; at < end; at += channels) pixel(at);
+      });
 }
 
-struct Normalise {
-  vec center, scale, shift;
-  Normalise(const float* norm, int64_t channels, int64_t c, int64_t left)
-      : center(load(norm + CENTER * channels + c, left)),
-        scale(load(norm + SCALE * channels + c, left)),
-        shift(load(norm + SHIFT * channels + c, left)) {}
-  vec operator()(vec y) const { return (y - center) * scale + shift; }
+// The same for images; pixel(at, padded_at) gets the place among padded images, too
+template <typename Body>
+void each_padded(const Tiles& tiles, int64_t images, int64_t channels, const Body& body) {
+  const int64_t step = std::max<int64_t>(1, PIXELS / tiles.width);
+  for (int64_t n = 0; n < images; n++)
+    for (int64_t top = 0; top < tiles.height; top += step)
+      for (int64_t c = 0; c < channels; c += W)
+        body(c, channels - c, [&](const auto& pixel) {
+          for (int64_t i = top; i < std::min(top + step, tiles.height); i++) {
+            int64_t at = (n * tiles.height + i) * tiles.width * channels + c;
+            int64_t padded = (n * tiles.padded + (i + 1) * tiles.row + 1) * channels + c;
+            for (int64_t j = 0; j < tiles.width; j++, at += channels, padded += channels)
+              pixel(at, padded);
+          }
+        });
+}
+
+struct Normalise {  // or nothing, without rows
+  const bool wanted;
+  vec center = {}, scale = {}, shift = {};
+  Normalise(const float* norm, int64_t channels, int64_t c, int64_t left) : wanted(norm) {
+    const auto row = [&](int r) { return load(norm + r * channels + c, left); };
+    if (norm) center = row(CENTER), scale = row(SCALE), shift = row(SHIFT);
+  }
+  vec operator()(vec y) const { return wanted ? (y - center) * scale + shift : y; }
 };
 // NaN passes through, and through the gradient, as in torch
 inline vec relu(vec v) { return v < 0 ? vec{} : v; }
 inline vec relu_backward(vec grad, vec out) { return out <= 0 ? vec{} : grad; }
 
-void relu_norm(int64_t pixels, int64_t channels, const float* y, const float* norm, float* to) {
-  each(pixels, channels, [&](int64_t c, int64_t left, int64_t at, int64_t end) {
-    const Normalise normalised(norm, channels, c, left);
-    for (; at < end; at += channels) store(to + at, relu(normalised(load(y + at, left))), left);
-  });
-}
-
-void gradient_of_y(int64_t pixels, int64_t channels, const GradientOf& g, int64_t from, float* to) {
-  const float *grad = g.grad + from, *y = g.y + from, *out = g.out ? g.out + from : nullptr;
-  each(pixels, channels, [&](int64_t c, int64_t left, int64_t at, int64_t end) {
+// The way back to y, a vector of channels at a time
+struct Gradient {
+  const float *grad, *out, *y;
+  int64_t left;
+  vec center = {}, by_g = {}, by_y = {}, by_1 = {};
+  Gradient(const GradientOf& g, int64_t from, int64_t channels, int64_t c, int64_t left)
+      : grad(g.grad ? g.grad + from : nullptr), out(g.out ? g.out + from : nullptr), y(g.back ? g.y + from : nullptr),
+        left(left) {
     const auto row = [&](int r) { return load(g.back + r * channels + c, left); };
-    const vec center = row(CENTER), by_g = row(BY_G), by_y = row(BY_Y), by_1 = row(BY_1);
-    for (; at < end; at += channels) {
-      vec v = load(grad + at, left);
-      if (out) v = relu_backward(v, load(out + at, left));
-      store(to + at, v * by_g + ((load(y + at, left) - center) * by_y + by_1), left);
-    }
+    if (y) center = row(CENTER), by_g = row(BY_G), by_y = row(BY_Y), by_1 = row(BY_1);
+  }
+  vec operator()(int64_t at) const {
+    vec g = load(grad + at, left);
+    if (out) g = relu_backward(g, load(out + at, left));
+    return y ? g * by_g + ((load(y + at, left) - center) * by_y + by_1) : g;
+  }
+};
+
+// x, or relu(normalised x), among zeros
+void make_input(const Tiles& tiles, int64_t images, int64_t channels, const float* x,
+                const float* norm, float* to) {
+  each_padded(tiles, images, channels, [&](int64_t c, int64_t left, auto loop) {
+    const Normalise normalised(norm, channels, c, left);
+    loop([&](int64_t at, int64_t padded) {
+      const vec v = normalised(load(x + at, left));
+      store(to + padded, norm ? relu(v) : v, left);
+    });
   });
 }
 
@@ -412,7 +438,8 @@ struct Moments : Sums {
   std::vector<int64_t> pixels = std::vector<int64_t>(threads);
   explicit Moments(int64_t channels) : Sums(channels), around(threads * padded) {}
 
-  void operator()(int64_t t, int64_t count, const float* y) {
+  // of `count` pixels; y also goes `to` its place, if given
+  void operator()(int64_t t, int64_t count, const float* y, float* to = nullptr) {
     float* m = around.data + t * padded;
     if (!pixels[t])
       for (int64_t c = 0; c < channels; c++) {
@@ -421,14 +448,15 @@ struct Moments : Sums {
         m[c] = sum / std::min<int64_t>(count, 64);
       }
     pixels[t] += count;
-    each(count, channels, [&](int64_t c, int64_t left, int64_t at, int64_t end) {
+    each(count, channels, [&](int64_t c, int64_t left, auto loop) {
       const vec middle = load(m + c);
       vec sum = {}, square = {};
-      for (; at < end; at += channels) {
-        const vec d = load(y + at, left) - middle;
+      loop([&](int64_t at) {
+        const vec v = load(y + at, left), d = v - middle;
+        if (to) store(to + at, v, left);
         sum += d;
         square += d * d;
-      }
+      });
       add(t, c, sum, square);
     });
   }
@@ -486,13 +514,17 @@ int64_t images_at_once(const Shape& s) {  // a multiple of ROWS tiles, or what f
   return images;
 }
 
-struct Work {  // scratch of a thread, for channels up to max(c_in, c_out)
-  const int64_t widest, of_block;
+struct Zeros : Scratch {  // images without content: their borders stay zero
+  explicit Zeros(int64_t count) : Scratch(count) { std::fill(data, data + count, 0.0f); }
+};
+
+struct Work {  // scratch of a thread
+  const int64_t of_block;
   const Scratch scratch;
-  float *const V, *const M, *const zeros;
+  float *const V, *const M;
   explicit Work(const Shape& s)
-      : widest(round_up(std::max(s.c_in, s.c_out), W)), of_block(36 * plane(std::max(widest, GROUP))),
-        scratch(2 * of_block + widest), V(scratch.data), M(V + of_block), zeros(M + of_block) {}
+      : of_block(36 * plane(std::max(GROUP, round_up(std::max(s.c_in, s.c_out), W)))),
+        scratch(2 * of_block), V(scratch.data), M(V + of_block) {}
 };
 
 template <int C>
@@ -502,7 +534,7 @@ void convolve(const Shape& s, const float* x, const float* U, float* y, int64_t 
   const int64_t total = images * tiles.per_image;
   for (int64_t first = 0; first < total; first += ROWS) {
     const int64_t count = std::min(ROWS, total - first);
-    input_block<C>(tiles, x, s.c_in, first, count, work.zeros, work.V);
+    input_block<C>(tiles, x, s.c_in, first, count, work.V);
     for (int64_t k = 0; k < s.c_out; k += GROUP) {
       const float* group = U + k * 36 * s.c_in;
       if (s.c_out - k > W)
@@ -522,18 +554,14 @@ void weight_gradient(const Shape& s, const float* x, const float* grad_y, int64_
   float* const G = work.M;
   for (int64_t first = 0; first < total; first += ROWS) {
     const int64_t count = std::min(ROWS, total - first);
-    input_block<C>(tiles, x, s.c_in, first, count, work.zeros, work.V);
+    input_block<C>(tiles, x, s.c_in, first, count, work.V);
     for (int64_t t = 0; t < count; t++) {
-      const auto [image, top, left] = tiles.at(first + t);
-      const float* at[16];
-      for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 4; j++)
-          at[4 * i + j] = top + i < s.height && left + j < s.width
-              ? grad_y + ((image * s.height + top + i) * s.width + left + j) * s.c_out : work.zeros;
+      const float* corner = grad_y + (tiles.corner(first + t) + tiles.row + 1) * s.c_out;
       for (int64_t k = 0; k < s.c_out; k += W) {
         vec g[36];
         UNROLL for (int i = 0; i < 4; i++) {
-          UNROLL for (int j = 0; j < 4; j++) g[6 * i + j] = load(at[4 * i + j] + k, s.c_out - k);
+          UNROLL for (int j = 0; j < 4; j++)
+            g[6 * i + j] = load(corner + (i * tiles.row + j) * s.c_out + k, s.c_out - k);
           transform_gradient(g + 6 * i, 1);
         }
         UNROLL for (int j = 0; j < 6; j++) {
@@ -585,39 +613,38 @@ void weight_transform_back(const Shape& s, const float* dU, float* grad_weight) 
 
 }  // namespace
 
-void conv_forward(const Shape& s, const Input& in, const float* weight, float* y, const Affine& affine,
-             float* norm_y) {
+void conv_forward(const Shape& s, const Input& in, const float* weight, float* y,
+                  const Affine& affine, float* norm_y) {
   const Scratch U(36 * s.c_in * round_up(s.c_out, W));
   weight_transform(s, weight, false, U.data);
+  const Tiles tiles(s);
   const int64_t pixels = s.height * s.width, step = images_at_once(s);
   Moments sums(s.c_out);
   share(s.batch, [&](int64_t t, int64_t begin, int64_t end) {
     const Work work(s);
-    const Scratch normalised(in.norm ? step * pixels * s.c_in : 0);
+    const Zeros input(step * tiles.padded * s.c_in);
+    const Scratch output(step * pixels * s.c_out);
     for (int64_t first = begin; first < end; first += step) {
       const int64_t images = std::min(step, end - first), from = first * pixels * s.c_in;
-      const float* x = in.x + (in.pooled ? 0 : from);
       for (int64_t i = 0; in.pooled && i < images; i++)
         pool_image(in.x + (first + i) * in.x_height * in.x_width * s.c_in, in.x_width,
                    in.pooled + from + i * pixels * s.c_in, in.argmax + from + i * pixels * s.c_in,
                    s.height, s.width, s.c_in);
-      if (in.pooled) x = in.pooled + from;
-      if (in.norm) {
-        relu_norm(images * pixels, s.c_in, x, in.norm, normalised.data);
-        x = normalised.data;
-      }
-      float* to = y + first * pixels * s.c_out;
-      BY_CHANNELS(convolve, s.c_in)(s, x, U.data, to, images, work);
-      if (norm_y) sums(t, images * pixels, to);
+      make_input(tiles, images, s.c_in, (in.pooled ? in.pooled : in.x) + from, in.norm, input.data);
+      // y by way of the cache: scattered stores to memory wait for it (1.05x for a whole step)
+      float* const here = norm_y ? output.data : y + first * pixels * s.c_out;
+      BY_CHANNELS(convolve, s.c_in)(s, input.data, U.data, here, images, work);
+      if (norm_y) sums(t, images * pixels, here, y + first * pixels * s.c_out);
     }
   });
   if (norm_y) sums.rows(affine, norm_y);
 }
 
 void conv_backward(const Shape& s, const GradientOf& g, const Input& in, const float* weight,
-              const float* extra, const float* extra_out, float* grad_x, float* grad_weight,
-              const float* gamma, float* back_x) {
+                   const float* extra, const float* extra_out, float* grad_x, float* grad_weight,
+                   const float* gamma, float* back_x) {
   const Shape back{s.batch, s.height, s.width, s.c_out, s.c_in};
+  const Tiles tiles(s);
   const int64_t pixels = s.height * s.width, step = images_at_once(s);
   const int64_t size = 36 * s.c_in * round_up(s.c_out, W);
   const Scratch U(grad_x ? 36 * s.c_out * round_up(s.c_in, W) : 0);
@@ -626,47 +653,45 @@ void conv_backward(const Shape& s, const GradientOf& g, const Input& in, const f
   Sums sums(s.c_in);
   share(s.batch, [&](int64_t t, int64_t begin, int64_t end) {
     const Work work(s);
-    const int64_t of_x = step * pixels * s.c_in, of_y = step * pixels * s.c_out;
-    const Scratch scratch(2 * of_x + of_y);
-    float *const grad_y_here = scratch.data, *const x_here = grad_y_here + of_y;
-    float* const grad_x_here = x_here + of_x;
+    float* const dU_here = dU.data + t * size;
+    if (grad_weight) std::fill(dU_here, dU_here + size, 0.0f);
+    const Zeros grad_y(step * tiles.padded * s.c_out), input(step * tiles.padded * s.c_in);
+    const Scratch output(grad_x ? step * pixels * s.c_in : 0);
     for (int64_t first = begin; first < end; first += step) {
-      const int64_t images = std::min(step, end - first), count = images * pixels;
-      const int64_t at_x = first * pixels * s.c_in, at_y = first * pixels * s.c_out;
-      const float *x = in.x + at_x, *grad_y = g.grad + at_y;
-      if (g.back) {
-        gradient_of_y(count, s.c_out, g, at_y, grad_y_here);
-        grad_y = grad_y_here;
-      }
-      if (in.norm) {
-        relu_norm(count, s.c_in, x, in.norm, x_here);
-        x = x_here;
-      }
+      const int64_t images = std::min(step, end - first), from = first * pixels * s.c_in;
+      each_padded(tiles, images, s.c_out, [&](int64_t c, int64_t left, auto loop) {
+        const Gradient gradient(g, first * pixels * s.c_out, s.c_out, c, left);
+        loop([&](int64_t at, int64_t to) { store(grad_y.data + to, gradient(at), left); });
+      });
+      if (grad_weight || in.norm)
+        make_input(tiles, images, s.c_in, in.x + from, in.norm, input.data);
       if (grad_weight)
-        BY_CHANNELS(weight_gradient, s.c_in)(s, x, grad_y, images, dU.data + t * size, work);
+        BY_CHANNELS(weight_gradient, s.c_in)(s, input.data, grad_y.data, images, dU_here, work);
       if (!grad_x) continue;
-      float* to = in.argmax ? grad_x_here : grad_x + at_x;
-      BY_CHANNELS(convolve, s.c_out)(back, grad_y, U.data, to, images, work);
-      each(count, s.c_in, [&](int64_t c, int64_t left, int64_t at, int64_t end) {
-        if (in.norm) {
+      float *const here = output.data, *const to = in.argmax ? here : grad_x + from;
+      BY_CHANNELS(convolve, s.c_out)(back, grad_y.data, U.data, here, images, work);
+      if (in.norm)
+        each_padded(tiles, images, s.c_in, [&](int64_t c, int64_t left, auto loop) {
           const vec center = load(in.norm + CENTER * s.c_in + c, left);
           vec sum = {}, product = {};
-          for (; at < end; at += s.c_in) {
-            const vec v = relu_backward(load(to + at, left), load(x + at, left));
+          loop([&](int64_t at, int64_t padded) {
+            const vec v = relu_backward(load(here + at, left), load(input.data + padded, left));
             sum += v;
-            product += v * (load(in.x + at_x + at, left) - center);
+            product += v * (load(in.x + from + at, left) - center);
             store(to + at, v, left);
-          }
+          });
           sums.add(t, c, sum, product);
-        }
-        for (; extra && at < end; at += s.c_in) {
-          vec v = load(extra + at_x + at, left);
-          if (extra_out) v = relu_backward(v, load(extra_out + at_x + at, left));
-          store(to + at, load(to + at, left) + v, left);
-        }
-      });
+        });
+      else
+        each(images * pixels, s.c_in, [&](int64_t c, int64_t left, auto loop) {
+          const Gradient more({extra, extra_out}, from, s.c_in, c, left);
+          loop([&](int64_t at) {
+            const vec v = load(here + at, left);
+            store(to + at, extra ? v + more(at) : v, left);
+          });
+        });
       for (int64_t i = 0; in.argmax && i < images; i++)
-        unpool_image(to + i * pixels * s.c_in, in.argmax + at_x + i * pixels * s.c_in,
+        unpool_image(here + i * pixels * s.c_in, in.argmax + from + i * pixels * s.c_in,
                      grad_x + (first + i) * in.x_height * in.x_width * s.c_in, in.x_height,
                      in.x_width, s.c_in);
     }
@@ -687,13 +712,14 @@ void finish(int64_t pixels, int64_t channels, const float* y, const float* norm,
             const float* norm_r, float* out) {
   share(pixels, [&](int64_t, int64_t begin, int64_t end) {
     const int64_t from = begin * channels;
-    each(end - begin, channels, [&](int64_t c, int64_t left, int64_t at, int64_t last) {
-      const Normalise of_y(norm, channels, c, left), of_r(norm_r ? norm_r : norm, channels, c, left);
-      for (at += from, last += from; at < last; at += channels) {
+    each(end - begin, channels, [&](int64_t c, int64_t left, auto loop) {
+      const Normalise of_y(norm, channels, c, left), of_r(norm_r, channels, c, left);
+      loop([&](int64_t at) {
+        at += from;
         vec v = of_y(load(y + at, left));
-        if (r) v += norm_r ? of_r(load(r + at, left)) : load(r + at, left);
+        if (r) v += of_r(load(r + at, left));
         store(out + at, relu(v), left);
-      }
+      });
     });
   });
 }
@@ -703,16 +729,17 @@ void finish_backward(int64_t pixels, int64_t channels, const float* grad, const 
   Sums sums(channels), sums_r(channels);
   share(pixels, [&](int64_t t, int64_t begin, int64_t end) {
     const int64_t from = begin * channels;
-    each(end - begin, channels, [&](int64_t c, int64_t left, int64_t at, int64_t last) {
+    each(end - begin, channels, [&](int64_t c, int64_t left, auto loop) {
+      const Gradient gradient({grad, out}, from, channels, c, left);
       const vec center = load(y.norm + CENTER * channels + c, left);
       const vec center_r = r ? load(r->norm + CENTER * channels + c, left) : vec{};
       vec sum = {}, product = {}, product_r = {};
-      for (at += from, last += from; at < last; at += channels) {
-        const vec v = relu_backward(load(grad + at, left), load(out + at, left));
+      loop([&](int64_t at) {
+        const vec v = gradient(at);
         sum += v;
-        product += v * (load(y.y + at, left) - center);
-        if (r) product_r += v * (load(r->y + at, left) - center_r);
-      }
+        product += v * (load(y.y + from + at, left) - center);
+        if (r) product_r += v * (load(r->y + from + at, left) - center_r);
+      });
       sums.add(t, c, sum, product);
       sums_r.add(t, c, sum, product_r);
     });
@@ -723,7 +750,10 @@ void finish_backward(int64_t pixels, int64_t channels, const float* grad, const 
 
 void apply_backward(int64_t pixels, int64_t channels, const GradientOf& g, float* grad_y) {
   share(pixels, [&](int64_t, int64_t begin, int64_t end) {
-    gradient_of_y(end - begin, channels, g, begin * channels, grad_y + begin * channels);
+    each(end - begin, channels, [&](int64_t c, int64_t left, auto loop) {
+      const Gradient gradient(g, begin * channels, channels, c, left);
+      loop([&](int64_t at) { store(grad_y + begin * channels + at, gradient(at), left); });
+    });
   });
 }
 
