@@ -13,16 +13,15 @@ The same command continues a stopped run.
 Source: arXiv:2306.11982, section 3 (the mixture and its balance).
 """
 import math
-import time
 
 import torch
 from tqdm import tqdm
 
-from common import (Config, Images, Parser, ResNet20, Run, UserError, accuracy, config_name, cosine,
-                    count_macs, enumerate_configs, evaluate_configs, expected_time, finish_search,
-                    load_dataset, make_network, number, rank_metrics, read_ground_truth,
-                    report_search, run_script, save_figure, shuffled_batches, split_for_search,
-                    stream, train_step)
+from common import (Config, Gauge, Images, Parser, ResNet20, Run, UserError, accuracy, config_name,
+                    cosine, count_macs, enumerate_configs, evaluate_configs, expected_time,
+                    finish_search, load_dataset, make_network, number, rank_metrics,
+                    read_ground_truth, report_search, run_script, save_figure, shuffled_batches,
+                    split_for_search, stream, train_step)
 
 
 def arguments():
@@ -160,10 +159,12 @@ def main() -> None:
           f"{rounds} rounds of {count} steps each; expected time {expected}; "
           f"writing to {run.folder}", flush=True)
 
+    gauge = Gauge(args.device)
     bar = tqdm(total=args.epochs * rounds * count, initial=start * rounds * count, disable=None,
                unit="step")
     for epoch in range(start, args.epochs):
-        began, totals = time.perf_counter(), torch.zeros(3, dtype=torch.float64)
+        totals = torch.zeros(3, dtype=torch.float64)
+        gauge.restart()
         first, last = args.temperature
         temperature = first + (last - first) * epoch / max(args.epochs - 1, 1)
         lr = cosine(*args.lr, epoch, args.epochs)
@@ -182,20 +183,23 @@ def main() -> None:
                          f"supernet {m}")
                 loss, hit = train_step(supernets[m], optimizers[m], images, labels, configs[c],
                                        where)
+                gauge.macs += 3 * macs[c] * len(labels)
                 images, labels = validation.batch(next(checks[m]))
                 with torch.inference_mode():
                     checked = accuracy(supernets[m](images, configs[c]), labels)
+                gauge.macs += macs[c] * len(labels)
                 update_score(scores, c, m, checked, args.decay)
                 totals += torch.tensor([loss, hit, checked], dtype=torch.float64)
-                bar.set_postfix_str(f"epoch {epoch + 1}, validation accuracy {checked:.3f}", False)
+                bar.set_postfix_str(f"epoch {epoch + 1}, validation accuracy {checked:.3f}, "
+                                    f"utilisation {gauge.utilisation:.2f}", False)
                 bar.update()
 
-        seconds = time.perf_counter() - began
+        line = dict(epoch=epoch + 1, seconds=gauge.seconds, utilisation=gauge.utilisation,
+                    images_per_second=count * len(train) / gauge.seconds)
         loss, hit, checked = (totals / (rounds * count)).tolist()
         assignment = assign(scores, temperature, args)
-        line = dict(epoch=epoch + 1, seconds=seconds, train_loss=loss, train_accuracy=hit,
+        line |= dict(train_loss=loss, train_accuracy=hit,
                     val_accuracy=checked, lr=lr, temperature=temperature,
-                    images_per_second=count * len(train) / seconds,
                     p_m=assignment.mean(0).tolist(),
                     mean_max_p=assignment.max(1).values.mean().item())
         if epoch + 1 in snapshots:

@@ -12,12 +12,11 @@ continues a stopped run.
 Source: arXiv:2306.11982, section 3; Guo et al., arXiv:1904.00420.
 """
 import math
-import time
 
 import torch
 from tqdm import tqdm
 
-from common import (Parser, ResNet20, Run, accuracy, config_name, cosine, count_macs,
+from common import (Gauge, Parser, ResNet20, Run, accuracy, config_name, cosine, count_macs,
                     enumerate_configs, evaluate_configs, expected_time, finish_search,
                     load_dataset, make_network, rank_metrics, read_ground_truth, report_search,
                     run_script, shuffled_batches, split_for_search, stream, train_step)
@@ -57,9 +56,11 @@ def main() -> None:
           f"{args.threads} threads\nepochs {start + 1} to {args.epochs}, {steps} steps each; "
           f"expected time {expected}; writing to {run.folder}", flush=True)
 
+    gauge = Gauge(args.device)
     bar = tqdm(total=args.epochs * steps, initial=start * steps, disable=None, unit="step")
     for epoch in range(start, args.epochs):
-        began, totals = time.perf_counter(), torch.zeros(2, dtype=torch.float64)
+        totals = torch.zeros(2, dtype=torch.float64)
+        gauge.restart()
         lr = cosine(*args.lr, epoch, args.epochs)
         optimizer.param_groups[0]["lr"] = lr
         draws, crops, order, checks = (stream(args.seed, name, 0, epoch)
@@ -70,10 +71,13 @@ def main() -> None:
             where = f"epoch {epoch + 1}, step {step + 1}, configuration {names[c]}, supernet 0"
             batch = train_step(supernet, optimizer, images, labels, configs[c], where)
             totals += torch.tensor(batch, dtype=torch.float64)
-            bar.set_postfix_str(f"epoch {epoch + 1}, train accuracy {batch[1]:.3f}", False)
+            gauge.macs += 3 * macs[c] * len(index)
+            bar.set_postfix_str(f"epoch {epoch + 1}, train accuracy {batch[1]:.3f}, "
+                                f"utilisation {gauge.utilisation:.2f}", False)
             bar.update()
 
-        seconds = time.perf_counter() - began
+        line = dict(epoch=epoch + 1, seconds=gauge.seconds, utilisation=gauge.utilisation,
+                    images_per_second=len(train) / gauge.seconds)
         checked = []  # SPOS validates at its end only: a glance, one draw on each of ten batches
         with torch.inference_mode():
             for index in shuffled_batches(len(validation), args.batch_size, checks)[:10]:
@@ -81,9 +85,8 @@ def main() -> None:
                 images, labels = validation.batch(index)
                 checked.append(accuracy(supernet(images, configs[c]), labels))
         loss, hit = (totals / steps).tolist()
-        line = dict(epoch=epoch + 1, seconds=seconds, train_loss=loss, train_accuracy=hit,
-                    val_accuracy=sum(checked) / len(checked), lr=lr,
-                    images_per_second=len(train) / seconds)
+        line |= dict(train_loss=loss, train_accuracy=hit,
+                     val_accuracy=sum(checked) / len(checked), lr=lr)
         if args.rank_every and (epoch + 1) % args.rank_every == 0:
             found = evaluate_configs(supernet, configs,
                                      validation.evaluation_batches(args.batch_size))

@@ -39,18 +39,18 @@ def stem(x: torch.Tensor, weight: torch.Tensor, norm: BatchNorm2d) -> torch.Tens
 
 
 def basic_block(x: torch.Tensor, weight1: torch.Tensor, norm1: BatchNorm2d, weight2: torch.Tensor,
-                norm2: BatchNorm2d, shortcut: tuple[torch.Tensor, BatchNorm2d] | None = None,
-                downsample: str = "none") -> torch.Tensor:
+                norm2: BatchNorm2d, shortcut: torch.nn.Conv2d | None = None,
+                norm_s: BatchNorm2d | None = None, downsample: str = "none") -> torch.Tensor:
     """With p = maxpool2x2(x) for "maxpool", x for "none",
 
         relu(norm2(conv2(relu(norm1(conv1(p))))) + shortcut(p))
 
     x: (N,C_in,H,W); weight1: (C_out,C_in,3,3); weight2: (C_out,C_out,3,3); shortcut: None for the
-    identity, or the weight (C_out,C_in,1,1) and the norm of a convolution. Running statistics are
-    kept as torch keeps them. `can_fuse` says what is possible.
+    identity, or a 1x1 convolution without bias, and norm_s behind it. Running statistics are kept
+    as torch keeps them. `can_fuse` says what is possible.
     """
     load()
-    weight_s, norm_s = shortcut or (None, None)
+    weight_s = None if shortcut is None else shortcut.weight
     norms = [norm for norm in (norm1, norm2, norm_s) if norm is not None]
     return _BasicBlock.apply(x, weight1, weight2, weight_s, downsample == "maxpool", norms,
                              *(p for norm in norms for p in (norm.weight, norm.bias)))
