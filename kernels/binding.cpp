@@ -49,9 +49,11 @@ MaybeTensor nhwc(const MaybeTensor& x) { return x ? MaybeTensor(nhwc(*x)) : x; }
 
 // relu(normalised x), its max-pool or x, convolved: (y, rows of y's normalisation, pooled, argmax),
 // empty what was not asked for
-std::tuple<Tensor, Tensor, Tensor, Tensor> norm_conv_cpu(
+using Normalised = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+Normalised norm_conv_cpu(
     const Tensor& x_, const MaybeTensor& norm, const Tensor& weight, const MaybeTensor& gamma,
-    const MaybeTensor& beta, double eps, bool pool, bool normalise) {
+    const MaybeTensor& beta, double eps, int64_t mode, bool normalise) {
+  const bool pool = mode == MAXPOOL;
   const Tensor x = nhwc(x_);
   Tensor pooled = at::empty({0}, x.options()), argmax = bytes({0}, x);
   Input in{x.const_data_ptr<float>(), data(norm)};
@@ -76,18 +78,19 @@ Outputs norm_conv_backward_cpu(const Tensor& grad_, const MaybeTensor& out, cons
                                const MaybeTensor& back, const Tensor& x, const MaybeTensor& norm,
                                const MaybeTensor& gamma, const Tensor& weight,
                                const MaybeTensor& argmax, const MaybeTensor& extra_,
-                               const MaybeTensor& extra_out, int64_t height, int64_t width,
-                               bool want_x, bool want_weight) {
+                               const MaybeTensor& extra_out, int64_t mode, int64_t height,
+                               int64_t width, bool want_x, bool want_weight) {
+  const bool pool = mode == MAXPOOL;
   const Tensor grad = nhwc(grad_);
   const MaybeTensor extra = nhwc(extra_);
   const Shape s = shape(x, weight);
   Tensor grad_x = at::empty({0}, x.options()), grad_weight = grad_x;
   Tensor back_x = at::empty({norm ? BACK_ROWS : 0, s.c_in}, x.options());
   if (want_x)
-    grad_x = empty_nhwc({s.batch, s.c_in, argmax ? height : s.height, argmax ? width : s.width}, x);
+    grad_x = empty_nhwc({s.batch, s.c_in, pool ? height : s.height, pool ? width : s.width}, x);
   if (want_weight) grad_weight = at::empty(weight.sizes(), weight.options());
   const Input in{x.const_data_ptr<float>(), data(norm), nullptr,
-                 const_cast<uint8_t*>(data<uint8_t>(argmax)), height, width};
+                 pool ? const_cast<uint8_t*>(data<uint8_t>(argmax)) : nullptr, height, width};
   conv_backward(s, {grad.const_data_ptr<float>(), data(out), data(y), data(back)}, in,
            weight.contiguous().const_data_ptr<float>(), data(extra), data(extra_out),
            want_x ? grad_x.mutable_data_ptr<float>() : nullptr,
@@ -146,7 +149,7 @@ Outputs forward_cpu(const Tensor& x_, const Tensor& weight, int64_t mode) {
     }
     return {nhwc(at::conv2d(x, weight, {}, mode == STRIDE ? 2 : 1, 1)), none, index};
   }
-  auto [y, norm_y, pooled, argmax] = norm_conv_cpu(x, {}, weight, {}, {}, 0, mode == MAXPOOL, false);
+  auto [y, norm_y, pooled, argmax] = norm_conv_cpu(x, {}, weight, {}, {}, 0, mode, false);
   return {y, pooled, argmax};
 }
 
@@ -173,8 +176,8 @@ Gradients backward_cpu(const Tensor& grad_y_, const MaybeTensor& grad_pooled_, c
     return {grad_x, want_weight ? grad_w.contiguous() : none};
   }
   auto [by_x, by_weight, _] = norm_conv_backward_cpu(
-      {grad_y}, {}, {}, {}, x, {}, {}, weight, mode == MAXPOOL ? MaybeTensor(argmax) : MaybeTensor(),
-      grad_pooled_, {}, height, width, want_x, want_weight);
+      grad_y, {}, {}, {}, x, {}, {}, weight, argmax, grad_pooled_, {}, mode, height, width, want_x,
+      want_weight);
   return {by_x, by_weight};
 }
 
@@ -196,7 +199,17 @@ Layer layer(const Tensor& in, const Tensor& weight, int64_t mode, int64_t x_heig
           (width - 1) / stride + 1, size(in.size(1)), size(weight.size(0)), stride};
 }
 
-Outputs forward_cuda(const Tensor& x_, const Tensor& weight_, int64_t mode) {
+const void* data_of(const MaybeTensor& x) { return x ? x->const_data_ptr() : nullptr; }
+Tensor floats(int64_t count, const Tensor& like) {
+  return at::empty({count}, like.options().dtype(at::kFloat));
+}
+Tensor rows(int64_t count, int64_t channels, const Tensor& like) {
+  return at::empty({count, channels}, like.options().dtype(at::kFloat));
+}
+
+Normalised norm_conv_cuda(const Tensor& x_, const MaybeTensor& norm, const Tensor& weight_,
+                       const MaybeTensor& gamma, const MaybeTensor& beta, double eps, int64_t mode,
+                       bool normalise) {
   const c10::cuda::CUDAGuard guard(x_.device());
   Tensor x = nhwc(x_), weight = weight_.contiguous(), pooled = at::empty({0}, x.options());
   Tensor in = x, argmax = bytes({0}, x);
@@ -206,39 +219,113 @@ Outputs forward_cuda(const Tensor& x_, const Tensor& weight_, int64_t mode) {
   }
   const Layer g = layer(in, weight, mode, x.size(2), x.size(3));
   Tensor y = empty_nhwc({g.batch, g.c_out, g.y_height, g.y_width}, x);
-  check(launch_forward(type_of(x), g, false, x.const_data_ptr(), weight.const_data_ptr(),
-                       y.mutable_data_ptr(), pooled.mutable_data_ptr(),
+  Tensor norm_y = rows(normalise ? NORM_ROWS : 0, g.c_out, x);
+  Tensor partial = floats(normalise ? partial_floats(g) : 0, x);
+  check(launch_forward(type_of(x), g, false, {x.const_data_ptr(), data(norm)},
+                       weight.const_data_ptr(), y.mutable_data_ptr(), pooled.mutable_data_ptr(),
                        mode == MAXPOOL ? argmax.mutable_data_ptr<uint8_t>() : nullptr,
+                       {data(gamma), data(beta), eps}, partial.mutable_data_ptr<float>(),
+                       normalise ? norm_y.mutable_data_ptr<float>() : nullptr,
                        c10::cuda::getCurrentCUDAStream()));
-  return {y, pooled, argmax};
+  return {y, norm_y, pooled, argmax};
 }
 
-Gradients backward_cuda(const Tensor& grad_y_, const MaybeTensor& grad_pooled_, const Tensor& x_,
-                       const Tensor& weight_, const Tensor& argmax, int64_t mode, int64_t height,
-                       int64_t width, bool want_x, bool want_weight) {
+Outputs norm_conv_backward_cuda(const Tensor& grad_, const MaybeTensor& out, const MaybeTensor& y,
+                                const MaybeTensor& back, const Tensor& x_, const MaybeTensor& norm,
+                                const MaybeTensor& gamma, const Tensor& weight_,
+                                const MaybeTensor& argmax, const MaybeTensor& extra_,
+                                const MaybeTensor& extra_out, int64_t mode, int64_t height,
+                                int64_t width, bool want_x, bool want_weight) {
   const c10::cuda::CUDAGuard guard(x_.device());
-  Tensor grad_y = nhwc(grad_y_), x = nhwc(x_), weight = weight_.contiguous();
-  Tensor none = at::empty({0}, x.options());
-  Tensor grad_x = none, grad_weight = none;
-  Tensor grad_pooled = grad_pooled_ ? nhwc(*grad_pooled_) : Tensor();
-  const Layer g = layer(x, weight, mode, height, width);
+  const Tensor grad = nhwc(grad_), x = nhwc(x_), weight = weight_.contiguous();
+  const MaybeTensor extra = nhwc(extra_);
+  const bool pool = mode == MAXPOOL;
+  const Layer g = layer(x, weight, mode, pool ? height : x.size(2), pool ? width : x.size(3));
+  Tensor grad_x = at::empty({0}, x.options()), grad_weight = grad_x;
+  Tensor back_x = rows(norm ? BACK_ROWS : 0, g.c_in, x), partial = floats(partial_floats(g), x);
+  const Source of_x{x.const_data_ptr(), data(norm)};
+  const Source of_grad{grad.const_data_ptr(), nullptr, data_of(out), data_of(y), data(back)};
   void* stream = c10::cuda::getCurrentCUDAStream();
   if (want_x) {
-    grad_x = empty_nhwc({g.batch, g.c_in, height, width}, x);
-    if (mode == MAXPOOL && (height % 2 || width % 2)) grad_x.zero_();
-    check(launch_grad_input(type_of(x), g, grad_y.const_data_ptr(), weight.const_data_ptr(),
-                            mode == MAXPOOL ? argmax.const_data_ptr<uint8_t>() : nullptr,
-                            grad_pooled.defined() ? grad_pooled.const_data_ptr() : nullptr,
-                            grad_x.mutable_data_ptr(), stream));
+    grad_x = empty_nhwc({g.batch, g.c_in, g.x_height, g.x_width}, x);
+    if (pool && (height % 2 || width % 2)) grad_x.zero_();
+    check(launch_grad_input(type_of(x), g, of_grad, weight.const_data_ptr(),
+                            pool ? data<uint8_t>(argmax) : nullptr,
+                            {data_of(extra), nullptr, data_of(extra_out)}, grad_x.mutable_data_ptr(),
+                            of_x, data(gamma), partial.mutable_data_ptr<float>(),
+                            norm ? back_x.mutable_data_ptr<float>() : nullptr, stream));
   }
   if (want_weight) {
     grad_weight = at::empty(weight.sizes(), weight.options());
-    Tensor partial = at::empty({partial_floats(g)}, weight.options().dtype(at::kFloat));
-    check(launch_grad_weight(type_of(x), g, x.const_data_ptr(), grad_y.const_data_ptr(),
-                             partial.mutable_data_ptr<float>(), grad_weight.mutable_data_ptr(),
-                             stream));
+    check(launch_grad_weight(type_of(x), g, of_x, of_grad, partial.mutable_data_ptr<float>(),
+                             grad_weight.mutable_data_ptr(), stream));
   }
-  return {grad_x, grad_weight};
+  return {grad_x, grad_weight, back_x};
+}
+
+Outputs forward_cuda(const Tensor& x, const Tensor& weight, int64_t mode) {
+  auto [y, norm_y, pooled, argmax] = norm_conv_cuda(x, {}, weight, {}, {}, 0, mode, false);
+  return {y, pooled, argmax};
+}
+
+Gradients backward_cuda(const Tensor& grad_y, const MaybeTensor& grad_pooled, const Tensor& x,
+                        const Tensor& weight, const Tensor& argmax, int64_t mode, int64_t height,
+                        int64_t width, bool want_x, bool want_weight) {
+  auto [by_x, by_weight, _] =
+      norm_conv_backward_cuda(grad_y, {}, {}, {}, x, {}, {}, weight, argmax, grad_pooled, {}, mode,
+                              height, width, want_x, want_weight);
+  return {by_x, by_weight};
+}
+
+Tensor moments_cuda(const Tensor& y, const MaybeTensor& gamma, const MaybeTensor& beta,
+                    double eps) {
+  const c10::cuda::CUDAGuard guard(y.device());
+  Tensor norm = rows(NORM_ROWS, y.size(1), y), partial = floats(PARTIAL_ROWS * y.size(1), y);
+  check(launch_moments(type_of(y), pixels(y), y.size(1), y.const_data_ptr(),
+                       {data(gamma), data(beta), eps}, partial.mutable_data_ptr<float>(),
+                       norm.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
+  return norm;
+}
+
+Tensor finish_cuda(const Tensor& y, const Tensor& norm, const MaybeTensor& r,
+                   const MaybeTensor& norm_r) {
+  const c10::cuda::CUDAGuard guard(y.device());
+  Tensor out = at::empty_like(y);
+  check(launch_finish(type_of(y), pixels(y), y.size(1), y.const_data_ptr(),
+                      norm.const_data_ptr<float>(), data_of(r), data(norm_r),
+                      out.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  return out;
+}
+
+Gradients finish_backward_cuda(const Tensor& grad_, const Tensor& out, const Tensor& y,
+                               const Tensor& norm, const MaybeTensor& gamma, const MaybeTensor& r,
+                               const MaybeTensor& norm_r, const MaybeTensor& gamma_r) {
+  const c10::cuda::CUDAGuard guard(y.device());
+  const Tensor grad = nhwc(grad_);
+  Tensor partial = floats(PARTIAL_ROWS * y.size(1), y);
+  auto sums = [&](const Tensor& y, const Tensor& norm, const MaybeTensor& gamma) {
+    Tensor back = rows(BACK_ROWS, y.size(1), y);
+    check(launch_finish_backward(
+        type_of(y), pixels(y), y.size(1), {grad.const_data_ptr(), nullptr, out.const_data_ptr()},
+        y.const_data_ptr(), norm.const_data_ptr<float>(), data(gamma),
+        partial.mutable_data_ptr<float>(), back.mutable_data_ptr<float>(),
+        c10::cuda::getCurrentCUDAStream()));
+    return back;
+  };
+  return {sums(y, norm, gamma), norm_r ? sums(*r, *norm_r, gamma_r) : rows(0, y.size(1), y)};
+}
+
+Tensor apply_backward_cuda(const Tensor& grad_, const MaybeTensor& out, const Tensor& y,
+                           const Tensor& back) {
+  const c10::cuda::CUDAGuard guard(y.device());
+  const Tensor grad = nhwc(grad_);
+  Tensor grad_y = at::empty_like(y);
+  check(launch_apply_backward(
+      type_of(y), pixels(y), y.size(1),
+      {grad.const_data_ptr(), nullptr, data_of(out), y.const_data_ptr(),
+       back.const_data_ptr<float>()},
+      grad_y.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  return grad_y;
 }
 #endif
 
@@ -250,10 +337,10 @@ TORCH_LIBRARY(pool_conv, m) {
         "int mode, SymInt height, SymInt width, bool want_x, bool want_weight) "
         "-> (Tensor grad_x, Tensor grad_weight)");
   m.def("norm_conv(Tensor x, Tensor? norm, Tensor weight, Tensor? gamma, Tensor? beta, float eps, "
-        "bool pool, bool normalise) -> (Tensor y, Tensor norm_y, Tensor pooled, Tensor argmax)");
+        "int mode, bool normalise) -> (Tensor y, Tensor norm_y, Tensor pooled, Tensor argmax)");
   m.def("norm_conv_backward(Tensor grad, Tensor? out, Tensor? y, Tensor? back, Tensor x, "
         "Tensor? norm, Tensor? gamma, Tensor weight, Tensor? argmax, Tensor? extra, "
-        "Tensor? extra_out, int height, int width, bool want_x, bool want_weight) "
+        "Tensor? extra_out, int mode, int height, int width, bool want_x, bool want_weight) "
         "-> (Tensor grad_x, Tensor grad_weight, Tensor back_x)");
   m.def("moments(Tensor y, Tensor? gamma, Tensor? beta, float eps) -> Tensor norm");
   m.def("finish(Tensor y, Tensor norm, Tensor? r, Tensor? norm_r) -> Tensor out");
@@ -275,6 +362,12 @@ TORCH_LIBRARY_IMPL(pool_conv, CPU, m) {
 TORCH_LIBRARY_IMPL(pool_conv, CUDA, m) {
   m.impl("forward", forward_cuda);
   m.impl("backward", backward_cuda);
+  m.impl("norm_conv", norm_conv_cuda);
+  m.impl("norm_conv_backward", norm_conv_backward_cuda);
+  m.impl("moments", moments_cuda);
+  m.impl("finish", finish_cuda);
+  m.impl("finish_backward", finish_backward_cuda);
+  m.impl("apply_backward", apply_backward_cuda);
 }
 #endif
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn import BatchNorm2d
 
-from . import load
+from . import MODES, load
 
 ops = torch.ops.pool_conv
 GRAD_AFFINE = slice(4, 6)  # rows of the gradients of gamma and beta (BackRow in pool_conv.h)
@@ -52,7 +52,7 @@ def basic_block(x: torch.Tensor, weight1: torch.Tensor, norm1: BatchNorm2d, weig
     load()
     weight_s = None if shortcut is None else shortcut.weight
     norms = [norm for norm in (norm1, norm2, norm_s) if norm is not None]
-    return _BasicBlock.apply(x, weight1, weight2, weight_s, downsample == "maxpool", norms,
+    return _BasicBlock.apply(x, weight1, weight2, weight_s, MODES[downsample], norms,
                              *(p for norm in norms for p in (norm.weight, norm.bias)))
 
 
@@ -101,17 +101,17 @@ class _NormReLU(torch.autograd.Function):
 
 class _BasicBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight1, weight2, weight_s, pool, norms, *affine):
-        def norm_conv(x, norm_x, weight, norm, pool):
+    def forward(ctx, x, weight1, weight2, weight_s, mode, norms, *affine):
+        def norm_conv(x, norm_x, weight, norm, mode):
             y, batch, pooled, argmax = ops.norm_conv(x, norm_x, weight, norm.weight, norm.bias,
-                                                     norm.eps, pool, _of_batch(norm))
+                                                     norm.eps, mode, _of_batch(norm))
             return y, _rows(norm, batch, y), pooled, argmax
 
-        ctx.size, ctx.pool = x.shape[2:], pool
+        ctx.size, ctx.mode = x.shape[2:], mode
         x = x.contiguous(memory_format=torch.channels_last)
-        y1, rows1, pooled, argmax = norm_conv(x, None, weight1, norms[0], pool)
-        y2, rows2, _, _ = norm_conv(y1, rows1, weight2, norms[1], False)
-        r = x = pooled if pool else x
+        y1, rows1, pooled, argmax = norm_conv(x, None, weight1, norms[0], mode)
+        y2, rows2, _, _ = norm_conv(y1, rows1, weight2, norms[1], MODES["none"])
+        r = x = pooled if mode == MODES["maxpool"] else x
         rows_s = None
         if weight_s is not None:
             r = F.conv2d(x, weight_s).contiguous(memory_format=torch.channels_last)
@@ -129,8 +129,8 @@ class _BasicBlock(torch.autograd.Function):
         gamma_s = gamma_s[0] if gamma_s else None
         back2, back_s = ops.finish_backward(grad, out, y2, rows2, gamma2, r, rows_s, gamma_s)
         grad1, grad_weight2, back1 = ops.norm_conv_backward(
-            grad, out, y2, back2, y1, rows1, gamma1, weight2, None, None, None, *ctx.size, True,
-            True)
+            grad, out, y2, back2, y1, rows1, gamma1, weight2, None, None, None, MODES["none"],
+            *ctx.size, True, True)
         extra, extra_out, grad_weight_s = grad, out, None
         if weight_s is not None:
             grad_r = _pixels(ops.apply_backward(grad, out, r, back_s))
@@ -138,8 +138,8 @@ class _BasicBlock(torch.autograd.Function):
             extra = (grad_r @ weight_s.flatten(1)).view(*x.permute(0, 2, 3, 1).shape)
             extra, extra_out = extra.permute(0, 3, 1, 2), None
         grad_x, grad_weight1, _ = ops.norm_conv_backward(
-            grad1, None, y1, back1, x, None, None, weight1, argmax if ctx.pool else None, extra,
-            extra_out, *ctx.size, ctx.needs_input_grad[0], True)
+            grad1, None, y1, back1, x, None, None, weight1, argmax, extra, extra_out, ctx.mode,
+            *ctx.size, ctx.needs_input_grad[0], True)
         affine = [g for back in (back1, back2, back_s)[:3 if weight_s is not None else 2]
                   for g in (back[GRAD_AFFINE].clone() if gamma1 is not None else (None, None))]
         return grad_x, grad_weight1, grad_weight2, grad_weight_s, None, None, *affine

@@ -76,17 +76,46 @@ struct Layer {
   int batch, x_height, x_width, height, width, y_height, y_width, c_in, c_out, stride;
 };
 
+// What a kernel reads, element by element: x, or relu(normalised x) with `norm`; or, as GradientOf,
+// the gradient x of something, where it passed the ReLU that made `out`, back through y's
+// normalisation with `back`.
+struct Source {
+  const void* x = nullptr;
+  const float* norm = nullptr;
+  const void *out = nullptr, *y = nullptr;
+  const float* back = nullptr;
+};
+
 // Each launches on `stream` (a cudaStream_t) and returns CUDA's message if that failed, else null.
-// argmax: null unless the layer max-pools. plain: the reference kernels.
-const char* launch_forward(Type type, const Layer& g, bool plain, const void* x, const void* weight,
-                           void* y, void* pooled, uint8_t* argmax, void* stream);
-// grad_x has the layer input's size; extra (or null): the gradient of `pooled`. With an odd
-// x_height or x_width and argmax, grad_x must be zeroed before.
-const char* launch_grad_input(Type type, const Layer& g, const void* grad_y, const void* weight,
-                              const uint8_t* argmax, const void* extra, void* grad_x, void* stream);
-// x: the convolution's input; partial: partial_floats(g) floats of scratch
-const char* launch_grad_weight(Type type, const Layer& g, const void* x, const void* grad_y,
+// partial: scratch, partial_floats(g) of them.
+
+// argmax: null unless the layer max-pools. plain: the reference kernels, for an x without norm.
+// norm_y: null, or y's rows to fill
+const char* launch_forward(Type type, const Layer& g, bool plain, const Source& x,
+                           const void* weight, void* y, void* pooled, uint8_t* argmax,
+                           const Affine& affine, float* partial, float* norm_y, void* stream);
+// grad_x has the layer input's size; extra: null, or what of the gradient of `pooled` (of x, without
+// argmax) comes from elsewhere. With an odd x_height or x_width and argmax, grad_x must be zeroed
+// before. back_x: null, or rows to fill, for grad_x the gradient of the normalised x.
+const char* launch_grad_input(Type type, const Layer& g, const Source& grad_y, const void* weight,
+                              const uint8_t* argmax, const Source& extra, void* grad_x,
+                              const Source& x, const float* gamma, float* partial, float* back_x,
+                              void* stream);
+// x: the convolution's input
+const char* launch_grad_weight(Type type, const Layer& g, const Source& x, const Source& grad_y,
                                float* partial, void* result, void* stream);
 int64_t partial_floats(const Layer& g);
+
+// As the functions of these names above; partial: PARTIAL_ROWS * channels floats
+constexpr int PARTIAL_ROWS = 4 * 256;
+const char* launch_moments(Type type, int64_t pixels, int channels, const void* y,
+                           const Affine& affine, float* partial, float* norm, void* stream);
+const char* launch_finish(Type type, int64_t pixels, int channels, const void* y, const float* norm,
+                          const void* r, const float* norm_r, void* out, void* stream);
+const char* launch_finish_backward(Type type, int64_t pixels, int channels, const Source& grad,
+                                   const void* y, const float* norm, const float* gamma,
+                                   float* partial, float* back, void* stream);
+const char* launch_apply_backward(Type type, int64_t pixels, int channels, const Source& grad,
+                                  void* grad_y, void* stream);
 
 }  // namespace pool_conv

@@ -29,7 +29,7 @@ def arguments(*argv: str, search: bool = True):
 @pytest.fixture(autouse=True)
 def native_kernel(monkeypatch):
     """Every test begins with native ops, whatever another one has chosen."""
-    monkeypatch.setattr(common, "pool_conv2d", common.native_pool_conv2d)
+    monkeypatch.setattr(common, "fused", None)
 
 
 @pytest.fixture(scope="session")

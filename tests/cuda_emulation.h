@@ -17,6 +17,7 @@
 
 #define __global__
 #define __device__
+#define __host__
 #define __shared__ static
 #define __launch_bounds__(n)
 

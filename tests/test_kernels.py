@@ -303,17 +303,32 @@ WRAPPER = """
 #include "cuda_emulation.h"
 #include "pool_conv.cu"
 using namespace pool_conv;
-extern "C" {
-void forward(int t, Layer* g, bool plain, void* x, void* w, void* y, void* pooled, uint8_t* index) {
-  launch_forward(Type(t), *g, plain, x, w, y, pooled, index, nullptr);
+#define EXPORT extern "C" __attribute__((visibility("default")))
+EXPORT int64_t partial(Layer* g) { return partial_floats(*g); }
+EXPORT void forward(int t, Layer* g, bool plain, Source* x, void* w, void* y, void* pooled,
+                    uint8_t* argmax, Affine* affine, float* partial, float* norm_y) {
+  launch_forward(Type(t), *g, plain, *x, w, y, pooled, argmax, *affine, partial, norm_y, nullptr);
 }
-void grad_input(int t, Layer* g, void* gy, void* w, uint8_t* argmax, void* extra, void* gx) {
-  launch_grad_input(Type(t), *g, gy, w, argmax, extra, gx, nullptr);
+EXPORT void grad_input(int t, Layer* g, Source* gy, void* w, uint8_t* argmax, Source* extra,
+                       void* gx, Source* x, float* gamma, float* partial, float* back_x) {
+  launch_grad_input(Type(t), *g, *gy, w, argmax, *extra, gx, *x, gamma, partial, back_x, nullptr);
 }
-void grad_weight(int t, Layer* g, void* x, void* gy, void* result) {
-  std::vector<float> partial(partial_floats(*g));
-  launch_grad_weight(Type(t), *g, x, gy, partial.data(), result, nullptr);
+EXPORT void grad_weight(int t, Layer* g, Source* x, Source* gy, float* partial, void* result) {
+  launch_grad_weight(Type(t), *g, *x, *gy, partial, result, nullptr);
 }
+EXPORT void moments(int t, int64_t n, int c, void* y, Affine* affine, float* partial, float* norm) {
+  launch_moments(Type(t), n, c, y, *affine, partial, norm, nullptr);
+}
+EXPORT void finish(int t, int64_t n, int c, void* y, float* norm, void* r, float* norm_r,
+                   void* out) {
+  launch_finish(Type(t), n, c, y, norm, r, norm_r, out, nullptr);
+}
+EXPORT void finish_backward(int t, int64_t n, int c, Source* g, void* y, float* norm, float* gamma,
+                            float* partial, float* back) {
+  launch_finish_backward(Type(t), n, c, *g, y, norm, gamma, partial, back, nullptr);
+}
+EXPORT void apply_backward(int t, int64_t n, int c, Source* g, void* to) {
+  launch_apply_backward(Type(t), n, c, *g, to, nullptr);
 }
 """
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -342,32 +357,114 @@ def guarded(shape, dtype):
     return tensor, lambda: bool((memory[:32] == 7).all() and (memory[32 + count:] == 7).all())
 
 
+def source(*tensors):
+    """A pointer to a Source: x, norm, out, y, back."""
+    return (ctypes.c_void_p * 5)(*(pointer(t) for t in tensors))
+
+
+class Affine(ctypes.Structure):
+    _fields_ = [("gamma", ctypes.c_void_p), ("beta", ctypes.c_void_p), ("eps", ctypes.c_double)]
+
+
+class Emulated:
+    """The operators of torch.ops.pool_conv by the emulated kernels, as binding.cpp calls them."""
+
+    def __init__(self, library, plain=False):
+        self.library, self.plain = library, plain
+        library.partial.restype = ctypes.c_int64
+
+    def layer(self, x, weight, mode, x_height, x_width):
+        stride, (n, c, height, width) = (2 if mode == 2 else 1), x.shape
+        sizes = [n, x_height, x_width, height, width, (height - 1) // stride + 1,
+                 (width - 1) // stride + 1, c, len(weight), stride]
+        layer = (ctypes.c_int * 10)(*sizes)
+        return layer, sizes[5:7], torch.full((self.library.partial(layer),), torch.nan)
+
+    def norm_conv(self, x, norm, weight, gamma, beta, eps, mode, normalise):
+        x = nhwc(x)
+        n, c, height, width = x.shape
+        size = (height // 2, width // 2) if mode == 1 else (height, width)
+        pooled, untouched_p = guarded((n, c, *size), x.dtype)
+        argmax, untouched_a = guarded((n, c, *size), torch.uint8)
+        layer, out_size, partial = self.layer(pooled, weight, mode, height, width)
+        y, untouched_y = guarded((n, len(weight), *out_size), x.dtype)
+        norm_y = torch.full((6, len(weight)), torch.nan) if normalise else None
+        self.library.forward(
+            TYPES[x.dtype], layer, self.plain, source(x, norm), pointer(weight), pointer(y),
+            pointer(pooled if mode == 1 else None), pointer(argmax if mode == 1 else None),
+            ctypes.byref(Affine(pointer(gamma), pointer(beta), eps)), pointer(partial), pointer(norm_y))
+        assert untouched_y() and untouched_p() and untouched_a()
+        return y, norm_y, pooled, argmax
+
+    def norm_conv_backward(self, grad, out, y, back, x, norm, gamma, weight, argmax, extra,
+                           extra_out, mode, height, width, want_x, want_weight):
+        x, grad, extra = nhwc(x), nhwc(grad), nhwc(extra)
+        if mode != 1:
+            height, width, argmax = *x.shape[2:], None
+        layer, _, partial = self.layer(x, weight, mode, height, width)
+        grad_x, untouched = guarded((*x.shape[:2], height, width), x.dtype)
+        if mode == 1:
+            grad_x.zero_()
+        back_x = torch.full((6, x.shape[1]), torch.nan) if norm is not None else None
+        of_x, of_grad = source(x, norm), source(grad, None, out, y, back)
+        self.library.grad_input(
+            TYPES[x.dtype], layer, of_grad, pointer(weight), pointer(argmax),
+            source(extra, None, extra_out), pointer(grad_x), of_x, pointer(gamma),
+            pointer(partial), pointer(back_x))
+        grad_weight = torch.empty_like(weight)
+        self.library.grad_weight(TYPES[x.dtype], layer, of_x, of_grad, pointer(partial),
+                                 pointer(grad_weight))
+        assert untouched()
+        return grad_x, grad_weight, back_x
+
+    def by_pixel(self, name, y, *arguments):
+        n, c, height, width = y.shape
+        getattr(self.library, name)(TYPES[y.dtype], ctypes.c_int64(n * height * width), c,
+                                    *arguments)
+
+    def moments(self, y, gamma, beta, eps):
+        norm, partial = torch.empty(6, y.shape[1]), torch.full((1024, y.shape[1]), torch.nan)
+        self.by_pixel("moments", y, pointer(y), ctypes.byref(Affine(pointer(gamma), pointer(beta), eps)),
+                      pointer(partial), pointer(norm))
+        return norm
+
+    def finish(self, y, norm, r, norm_r):
+        out, untouched = guarded(y.shape, y.dtype)
+        self.by_pixel("finish", y, pointer(y), pointer(norm), pointer(r), pointer(norm_r),
+                      pointer(out))
+        assert untouched()
+        return out
+
+    def finish_backward(self, grad, out, y, norm, gamma, r, norm_r, gamma_r):
+        grad, backs = nhwc(grad), []
+        for y, norm, gamma in ((y, norm, gamma), (r, norm_r, gamma_r)):
+            backs.append(torch.empty(6, out.shape[1]))
+            partial = torch.full((1024, out.shape[1]), torch.nan)
+            if norm is not None:
+                self.by_pixel("finish_backward", y, source(grad, None, out), pointer(y),
+                              pointer(norm), pointer(gamma), pointer(partial), pointer(backs[-1]))
+        return backs
+
+    def apply_backward(self, grad, out, y, back):
+        grad = nhwc(grad)
+        grad_y, untouched = guarded(y.shape, y.dtype)
+        self.by_pixel("apply_backward", y, source(grad, None, out, y, back), pointer(grad_y))
+        assert untouched()
+        return grad_y
+
+
+def nhwc(tensor):
+    return tensor if tensor is None else tensor.contiguous(memory_format=torch.channels_last)
+
+
 def run_emulated(library, x, weight, downsample, grad_y, grad_pooled, plain):
-    n, c, x_height, x_width = x.shape
-    stride = 2 if downsample == "stride" else 1
-    pool = downsample == "maxpool"
-    height, width = (x_height // 2, x_width // 2) if pool else (x_height, x_width)
-    sizes = [n, x_height, x_width, height, width, (height - 1) // stride + 1,
-             (width - 1) // stride + 1, c, len(weight), stride]
-    layer, kind = (ctypes.c_int * 10)(*sizes), TYPES[x.dtype]
-    y, untouched_y = guarded((n, len(weight), *sizes[5:7]), x.dtype)
-    pooled, untouched_p = guarded((n, c, height, width), x.dtype)
-    argmax, untouched_a = guarded((n, c, height, width), torch.uint8)
-    grad_x, untouched_x = guarded(x.shape, x.dtype)
-    grad_weight = torch.empty_like(weight)
-    x, grad_y, grad_pooled = (t.contiguous(memory_format=torch.channels_last)
-                              for t in (x, grad_y, grad_pooled))
-    library.forward(kind, layer, plain, pointer(x), pointer(weight), pointer(y),
-                    pointer(pooled if pool else None), pointer(argmax if pool else None))
-    if pool:
-        grad_x.zero_()
-    library.grad_input(kind, layer, pointer(grad_y), pointer(weight),
-                       pointer(argmax if pool else None), pointer(grad_pooled if pool else None),
-                       pointer(grad_x))
-    library.grad_weight(kind, layer, pointer(pooled if pool else x), pointer(grad_y),
-                        pointer(grad_weight))
-    assert untouched_y() and untouched_p() and untouched_a() and untouched_x()
-    return y, pooled if pool else x, grad_x, grad_weight
+    ops, mode = Emulated(library, plain), kernels.MODES[downsample]
+    y, _, pooled, argmax = ops.norm_conv(x, None, weight, None, None, 0, mode, False)
+    x_in = pooled if downsample == "maxpool" else x
+    grad_x, grad_weight, _ = ops.norm_conv_backward(
+        grad_y, None, None, None, x_in, None, None, weight, argmax,
+        grad_pooled if downsample == "maxpool" else None, None, mode, *x.shape[2:], True, True)
+    return y, x_in, grad_x, grad_weight
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.float16, 2e-3),
