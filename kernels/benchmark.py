@@ -1,7 +1,8 @@
-"""Benchmark: the fused pool + convolution against native operators, layer by layer and in a step.
+"""Benchmark: the fused kernels against native operators, layer by layer, in a step, in the search.
 
     python kernels/benchmark.py                              # float32 on this machine's CPU or GPU
     python kernels/benchmark.py --layers 16,16,32 --batch 64
+    python kernels/benchmark.py --loop                       # the main job's loop, on a CPU
 
 For each layer (C_in,C_out,output size) of ResNet-20 and each way to downsample: the median time of
 native and fused, measured in turns, and native / fused; effective GFLOP/s (of the direct
@@ -10,11 +11,20 @@ bandwidth (forward: x and y once); the error against float64.
 Native is the best of NCHW and channels_last, eager and torch.compile (--no-compile: eager). Then
 the whole training step with both (needs common.py beside the folder). Writes --out: benchmark.json
 and benchmark.png.
+
+--loop times search_mixture.py's loop (M = 4, ResNet-20, 32x32, batch 128) against itself with native
+operators and against the plain recipe, what most people would write: PIL images and torchvision's
+transforms in a DataLoader, NCHW, F.max_pool2d and nn.Conv2d, a separate pass for each configuration
+in the final evaluation. Each in a process of its own, since the memory allocator is part of it, on
+random images, on the same draws of (configuration, supernet), in turns of five steps. Writes --out:
+loop.json.
 """
 import argparse
 import json
+import multiprocessing
 import os
 import platform
+import resource
 import sys
 import time
 from pathlib import Path
@@ -176,6 +186,224 @@ def plot(rows: list[dict], steps: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+# ----------------------------------------------------------------------------------------- --loop
+
+STEPS, TURN, SUPERNETS, HALF, EVALUATED = 40, 5, 4, 25000, 512
+STEP_CONFIGS = ((4, 3, 3), (1, 1, 8), (7, 1, 2))
+
+
+def random_images(count: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return (rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, count))
+
+
+class OurLoop:
+    """What search_mixture.py does between two lines of its log."""
+
+    def __init__(self, who: str, batch: int):
+        import common
+        import search_mixture
+        self.common, self.search = common, search_mixture
+        common.choose_kernel("fused" if who == "fused" else "native", "cpu")
+        if who != "native, default malloc":
+            common.keep_freed_memory()
+        self.parts, self.checks = [], []
+        for images, labels in (random_images(HALF), random_images(HALF)):
+            images = common.Images(torch.from_numpy(images), torch.from_numpy(labels),
+                                   torch.full((3,), 120.0), torch.full((3,), 60.0), 10, True)
+            self.parts.append(images)
+            self.checks.append(search_mixture.endless_batches(images, batch,
+                                                              torch.Generator().manual_seed(0)))
+        self.rng, self.batch = torch.Generator().manual_seed(0), batch
+        self.networks = [common.ResNet20(10, supernet=True).to(memory_format=torch.channels_last)
+                         for _ in range(SUPERNETS)]
+        self.optimizers = [torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+                           for net in self.networks]
+        self.configs = common.enumerate_configs(10, 3)
+        self.scores = torch.ones(len(self.configs), SUPERNETS, dtype=torch.float64)
+        self.args = argparse.Namespace(balance=True, tolerance=1e-4)
+        self.gauge = common.Gauge("cpu")
+
+    def step(self, c: int, m: int) -> dict:
+        """A training and a validation step; seconds in the network, multiply-adds."""
+        common, search, (train, validation) = self.common, self.search, self.parts
+        if m == 0:
+            search.assign(self.scores, 50.0, self.args)
+        images, labels = train.batch(next(self.checks[0]), self.rng)
+        start = time.perf_counter()
+        common.train_step(self.networks[m], self.optimizers[m], images, labels, self.configs[c], "")
+        seconds = time.perf_counter() - start
+        images, labels = validation.batch(next(self.checks[1]))
+        start = time.perf_counter()
+        with torch.inference_mode():
+            logits = self.networks[m](images, self.configs[c])
+        seconds += time.perf_counter() - start
+        search.update_score(self.scores, c, m, common.accuracy(logits, labels), 0.9)
+        return {"network": seconds, "work": 4 * self.batch * common.count_macs(
+            self.networks[m], self.configs[c], 32) / self.gauge.rate}
+
+    def train(self, config) -> None:
+        images, labels = self.parts[0].batch(torch.arange(self.batch))
+        self.common.train_step(self.networks[0], self.optimizers[0], images, labels, config, "")
+
+    def evaluate(self, owners: list[int]) -> None:
+        assignment = F.one_hot(torch.tensor(owners), SUPERNETS)
+        self.search.rank(self.networks, assignment, self.configs,
+                         self.parts[1].subset(torch.arange(EVALUATED)), self.batch)
+
+
+class PlainImages(torch.utils.data.Dataset):
+    """As torchvision.datasets.CIFAR10: a PIL image, transformed, and its label."""
+
+    def __init__(self, count: int, transform):
+        self.data, self.targets = random_images(count)
+        self.transform = transform
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        from PIL import Image
+        return self.transform(Image.fromarray(self.data[index])), int(self.targets[index])
+
+
+class PlainLoop:
+    """The plain recipe."""
+
+    def __init__(self, who: str, batch: int):
+        import common
+        from torchvision import transforms
+        normal = [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
+        crop = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+        workers = int(who.split()[1])
+
+        def loader(count, transform, shuffle):
+            return torch.utils.data.DataLoader(
+                PlainImages(count, transforms.Compose(transform)), batch, shuffle=shuffle,
+                num_workers=workers, persistent_workers=workers > 0)
+        self.train_batches = iter(loader(HALF, crop + normal, True))
+        self.check_batches = iter(loader(HALF, normal, True))
+        self.evaluation = loader(EVALUATED, normal, False)
+        self.networks = [common.ResNet20(10, supernet=True) for _ in range(SUPERNETS)]
+        self.optimizers = [torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+                           for net in self.networks]
+        self.configs = common.enumerate_configs(10, 3)
+
+    def step(self, c: int, m: int) -> None:
+        network, optimizer, config = self.networks[m], self.optimizers[m], self.configs[c]
+        images, labels = next(self.train_batches)
+        optimizer.zero_grad()
+        logits = network(images, config)
+        loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        optimizer.step()
+        loss.item(), (logits.argmax(1) == labels).float().mean().item()
+        images, labels = next(self.check_batches)
+        with torch.no_grad():
+            (network(images, config).argmax(1) == labels).float().mean().item()
+
+    def evaluate(self, owners: list[int]) -> None:
+        with torch.no_grad():
+            for config, m in zip(self.configs, owners):
+                for images, labels in self.evaluation:
+                    (self.networks[m](images, config).argmax(1) == labels).sum().item()
+
+
+def serve(pipe, who: str, threads: int, batch: int) -> None:
+    """A process of `--loop`: (method, arguments) -> (seconds, page faults, result, peak bytes)."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    loop = (PlainLoop if who.startswith("plain") else OurLoop)(who, batch)
+    while command := pipe.recv():
+        faults, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+        result = getattr(loop, command[0])(*command[1:])
+        seconds, usage = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+        pipe.send((seconds, usage.ru_minflt - faults, result, 1024 * usage.ru_maxrss))
+
+
+def measure_loop(args) -> dict:
+    """Everything of loop.json but the machine."""
+    context, ask = multiprocessing.get_context("spawn"), {}
+    names = ("fused", "native", "native, default malloc", "plain 0 workers", "plain 2 workers")
+    for who in names:
+        here, there = context.Pipe()
+        context.Process(target=serve, args=(there, who, args.threads, args.batch),
+                        daemon="plain" not in who).start()
+
+        def call(*command, pipe=here):
+            pipe.send(command)
+            return pipe.recv() if command else None
+        ask[who] = call
+    rng = np.random.default_rng(0)
+    draws = [(int(rng.integers(36)), i % SUPERNETS) for i in range(STEPS)]
+    owners = {"M = 4": rng.integers(SUPERNETS, size=36).tolist(), "M = 1": [0] * 36}
+    found = {who: {"steps": [], "faults": 0, "network": 0.0, "work": 0.0} for who in names}
+    loops = [who for who in names if "malloc" not in who]
+    for who in tqdm(loops, "warming up", disable=None, leave=False):
+        for draw in draws[:4]:
+            ask[who]("step", *draw)
+    for turn in tqdm(range(0, STEPS, TURN), "steps", disable=None, leave=False):
+        for who in loops:
+            for draw in draws[turn:turn + TURN]:
+                seconds, faults, result, _ = ask[who]("step", *draw)
+                found[who]["steps"].append(1e3 * seconds)
+                found[who]["faults"] += faults
+                for key, value in (result or {}).items():
+                    found[who][key] += value
+    for name, owner in owners.items():
+        for who in tqdm(loops, f"evaluation, {name}", disable=None, leave=False):
+            seconds = min(ask[who]("evaluate", owner)[0] for _ in range(2))
+            found[who][f"evaluation_minutes, {name}"] = seconds * HALF / EVALUATED / 60
+    result = {"training_step_ms": {}, "loop": {}}
+    for config in STEP_CONFIGS:
+        times = {who: [] for who in names[:3]}
+        for repeat in range(args.repeats + 2):
+            for who in times:
+                times[who].append(1e3 * ask[who]("train", config)[0])
+        result["training_step_ms"][",".join(map(str, config))] = {
+            who: np.percentile(values[2:], [25, 50, 75]).tolist() for who, values in times.items()}
+    for who in loops:
+        steps, epoch = found[who].pop("steps"), HALF / args.batch
+        result["loop"][who] = found[who] | {
+            "step_ms": np.percentile(steps, [25, 50, 75]).tolist(), "mean_ms": np.mean(steps),
+            "seconds_per_epoch": np.mean(steps) / 1e3 * epoch,
+            "hours_per_100_epochs": np.mean(steps) / 1e3 * epoch / 36,
+            "outside_the_network": 1 - 1e3 * found[who]["network"] / sum(steps),
+            "utilisation": 1e3 * found[who]["work"] / sum(steps),
+            "faults_per_step": found[who].pop("faults") / STEPS,
+            "peak_gb": ask[who]("evaluate", owners["M = 1"])[3] / 1e9 if who == "fused" else
+            ask[who]("step", *draws[0])[3] / 1e9}
+    for who in names:
+        ask[who]()
+    return result
+
+
+def print_loop(result: dict) -> None:
+    fused = result["loop"]["fused"]
+    print(f"\n{'a step of the loop':18}  25 % / median / 75 %, ms  s/epoch  h/100 epochs  against fused")
+    for who, row in result["loop"].items():
+        low, middle, high = row["step_ms"]
+        print(f"{who:18}{low:9.0f} {middle:7.0f} {high:7.0f}{row['seconds_per_epoch']:12.0f}"
+              f"{row['hours_per_100_epochs']:14.2f}{row['mean_ms'] / fused['mean_ms']:14.2f}x")
+    print(f"\n{'final evaluation':18}  minutes, M = 4     M = 1   against fused         peak GB  "
+          "page faults a step")
+    for who, row in result["loop"].items():
+        four, one = (row[f"evaluation_minutes, M = {m}"] for m in (4, 1))
+        print(f"{who:18}{four:16.1f}{one:10.1f}"
+              f"{four / fused['evaluation_minutes, M = 4']:10.2f}x"
+              f"{one / fused['evaluation_minutes, M = 1']:6.2f}x{row['peak_gb']:16.2f}"
+              f"{row['faults_per_step']:14.0f}")
+    print(f"\n{'training step':18}" + "".join(f"{who:>24}" for who in (
+        "fused", "native", "native, default malloc")))
+    for config, row in result["training_step_ms"].items():
+        print(f"{config:18}" + "".join(f"{row[who][1]:16.0f} ms {row[who][1] / row['fused'][1]:.2f}x"
+                                       for who in row))
+    for who in ("fused", "native"):
+        row = result["loop"][who]
+        print(f"{who}: utilisation {row['utilisation']:.2f} direct-convolution equivalents, "
+              f"{100 * row['outside_the_network']:.1f} % of the loop outside the network")
+
+
 def main() -> None:
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
@@ -190,7 +418,8 @@ def main() -> None:
     add("--repeats", type=int, default=9, help="measurements of each call")
     add("--no-compile", dest="compile", action="store_false",
         help="try native operators without torch.compile only")
-    add("--out", default="runs/benchmark", help="folder for benchmark.json and benchmark.png")
+    add("--loop", action="store_true", help="time the main job's loop instead, about 5 minutes")
+    add("--out", default="runs/benchmark", help="folder for benchmark.json and .png, or loop.json")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     torch.set_num_threads(args.threads)
@@ -207,8 +436,19 @@ def main() -> None:
                  platform.machine()))
     print(f"{name}, {args.threads} threads, torch {torch.__version__}, {args.dtype}, batch "
           f"{args.batch}; matrix product {rates['mm_gflops']:.0f} GFLOP/s, copy "
-          f"{rates['copy_gbs']:.0f} GB/s\n\nnative / fused{'':13}" + "".join(
-              f"{name:>12}" for name in PASSES) + "   of product   of copy   error y, x, weight")
+          f"{rates['copy_gbs']:.0f} GB/s")
+    machine = {"command": " ".join(sys.argv), "device": name, "threads": args.threads,
+               "torch": torch.__version__, "dtype": args.dtype, "batch": args.batch, "rates": rates,
+               "times": "milliseconds: 25 %, median, 75 %"}
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.loop:
+        result = measure_loop(args)
+        print_loop(result)
+        (folder / "loop.json").write_text(json.dumps(machine | result, indent=1))
+        return print(f"written: {folder}/loop.json")
+    print(f"\nnative / fused{'':13}" + "".join(f"{name:>12}" for name in PASSES)
+          + "   of product   of copy   error y, x, weight")
     rows = []
     todo = [(layer, mode) for layer in args.layers for mode in kernels.MODES]
     for layer, mode in tqdm(todo, disable=None, leave=False):
@@ -226,17 +466,13 @@ def main() -> None:
             f"{ratio:12.2f}" for ratio in np.exp(ratios.mean(0))) + "   (geometric)")
     steps = []
     if dtype == torch.float32 and (Path(__file__).resolve().parent.parent / "common.py").exists():
-        for config in ((4, 3, 3), (1, 1, 8), (7, 1, 2)):
+        for config in STEP_CONFIGS:
             steps.append(measure_step(clock, args, config))
             print("training step {config:10} native {0:7.1f} ms  fused {1:7.1f} ms  {ratio:.2f}x"
                   .format(steps[-1]["native_ms"][1], steps[-1]["fused_ms"][1], **steps[-1]))
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
     plot(rows, steps, folder / "benchmark.png")
-    (folder / "benchmark.json").write_text(json.dumps(
-        {"command": " ".join(sys.argv), "device": name, "threads": args.threads,
-         "torch": torch.__version__, "dtype": args.dtype, "batch": args.batch, "rates": rates,
-         "times": "milliseconds: 25 %, median, 75 %", "layers": rows, "steps": steps}, indent=1))
+    (folder / "benchmark.json").write_text(
+        json.dumps(machine | {"layers": rows, "steps": steps}, indent=1))
     print(f"written: {folder}/benchmark.json, {folder}/benchmark.png")
 
 
