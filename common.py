@@ -490,11 +490,11 @@ class Gauge:
     below 1; Winograd's kernels may exceed it."""
 
     def __init__(self, device: str):
-        a, b = torch.randn(2, 2048, 2048, device=device)
-        torch.mm(a, b)[0, 0].item()  # waits for the device
+        a, b, product = torch.randn(3, 2048, 2048, device=device)
+        torch.mm(a, b, out=product)[0, 0].item()  # waits for the device
         start, count = time.perf_counter(), 0
         while time.perf_counter() < start + 0.5:
-            torch.mm(a, b)[0, 0].item()
+            torch.mm(a, b, out=product)[0, 0].item()
             count += 1
         self.rate = count * 2048 ** 3 / (time.perf_counter() - start)
         self.restart()

@@ -12,12 +12,12 @@ Native is the best of NCHW and channels_last, eager and torch.compile (--no-comp
 the whole training step with both (needs common.py beside the folder). Writes --out: benchmark.json
 and benchmark.png.
 
---loop times search_mixture.py's loop (M = 4, ResNet-20, 32x32, batch 128) against itself with native
+--loop times the loop of search_mixture.py (M = 4, ResNet-20, 32x32) against itself with native
 operators and against the plain recipe, what most people would write: PIL images and torchvision's
 transforms in a DataLoader, NCHW, F.max_pool2d and nn.Conv2d, a separate pass for each configuration
 in the final evaluation. Each in a process of its own, since the memory allocator is part of it, on
-random images, on the same draws of (configuration, supernet), in turns of five steps. Writes --out:
-loop.json.
+random images, on the same draws of (configuration, supernet), in turns of five steps. "default
+malloc" is native without what common.keep_freed_memory does. Writes --out: loop.json.
 """
 import argparse
 import json
@@ -159,10 +159,10 @@ def measure_step(clock, args, config) -> dict:
 
 def machine_rates(clock, args, dtype) -> dict:
     """What this machine can do: a large matrix product, GFLOP/s, and a large copy, GB/s."""
-    a, b = torch.randn(2, 2048, 2048, device=args.device).to(dtype)
+    a, b, product = torch.randn(3, 2048, 2048, device=args.device).to(dtype)
     big = torch.empty(64 << 20, device=args.device)
     other = torch.empty_like(big)
-    found = interleaved(clock, {"mm": lambda: torch.mm(a, b), "copy": lambda: other.copy_(big)}, 7)
+    found = interleaved(clock, {"mm": lambda: torch.mm(a, b, out=product), "copy": lambda: other.copy_(big)}, 7)
     return {"mm_gflops": 2 * 2048 ** 3 / found["mm"][1] / 1e6,
             "copy_gbs": 8 * big.numel() / found["copy"][1] / 1e6}
 
@@ -188,7 +188,7 @@ def plot(rows: list[dict], steps: list[dict], path: Path) -> None:
 
 # ----------------------------------------------------------------------------------------- --loop
 
-STEPS, TURN, SUPERNETS, HALF, EVALUATED = 40, 5, 4, 25000, 512
+STEPS, TURN, SUPERNETS, HALF, EVALUATED = 40, 5, 4, 25000, 4  # the last: batches
 STEP_CONFIGS = ((4, 3, 3), (1, 1, 8), (7, 1, 2))
 
 
@@ -222,7 +222,6 @@ class OurLoop:
         self.configs = common.enumerate_configs(10, 3)
         self.scores = torch.ones(len(self.configs), SUPERNETS, dtype=torch.float64)
         self.args = argparse.Namespace(balance=True, tolerance=1e-4)
-        self.gauge = common.Gauge("cpu")
 
     def step(self, c: int, m: int) -> dict:
         """A training and a validation step; seconds in the network, multiply-adds."""
@@ -239,8 +238,11 @@ class OurLoop:
             logits = self.networks[m](images, self.configs[c])
         seconds += time.perf_counter() - start
         search.update_score(self.scores, c, m, common.accuracy(logits, labels), 0.9)
-        return {"network": seconds, "work": 4 * self.batch * common.count_macs(
-            self.networks[m], self.configs[c], 32) / self.gauge.rate}
+        macs = common.count_macs(self.networks[m], self.configs[c], 32)
+        return {"network": seconds, "macs": 4 * self.batch * macs}
+
+    def probe(self) -> float:
+        return self.common.Gauge("cpu").rate
 
     def train(self, config) -> None:
         images, labels = self.parts[0].batch(torch.arange(self.batch))
@@ -249,7 +251,7 @@ class OurLoop:
     def evaluate(self, owners: list[int]) -> None:
         assignment = F.one_hot(torch.tensor(owners), SUPERNETS)
         self.search.rank(self.networks, assignment, self.configs,
-                         self.parts[1].subset(torch.arange(EVALUATED)), self.batch)
+                         self.parts[1].subset(torch.arange(EVALUATED * self.batch)), self.batch)
 
 
 class PlainImages(torch.utils.data.Dataset):
@@ -283,7 +285,7 @@ class PlainLoop:
                 num_workers=workers, persistent_workers=workers > 0)
         self.train_batches = iter(loader(HALF, crop + normal, True))
         self.check_batches = iter(loader(HALF, normal, True))
-        self.evaluation = loader(EVALUATED, normal, False)
+        self.evaluation = loader(EVALUATED * batch, normal, False)
         self.networks = [common.ResNet20(10, supernet=True) for _ in range(SUPERNETS)]
         self.optimizers = [torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
                            for net in self.networks]
@@ -337,7 +339,7 @@ def measure_loop(args) -> dict:
     rng = np.random.default_rng(0)
     draws = [(int(rng.integers(36)), i % SUPERNETS) for i in range(STEPS)]
     owners = {"M = 4": rng.integers(SUPERNETS, size=36).tolist(), "M = 1": [0] * 36}
-    found = {who: {"steps": [], "faults": 0, "network": 0.0, "work": 0.0} for who in names}
+    found = {who: {"steps": [], "faults": 0, "network": 0.0, "macs": 0.0} for who in names}
     loops = [who for who in names if "malloc" not in who]
     for who in tqdm(loops, "warming up", disable=None, leave=False):
         for draw in draws[:4]:
@@ -352,9 +354,11 @@ def measure_loop(args) -> dict:
                     found[who][key] += value
     for name, owner in owners.items():
         for who in tqdm(loops, f"evaluation, {name}", disable=None, leave=False):
-            seconds = min(ask[who]("evaluate", owner)[0] for _ in range(2))
-            found[who][f"evaluation_minutes, {name}"] = seconds * HALF / EVALUATED / 60
-    result = {"training_step_ms": {}, "loop": {}}
+            seconds = min(ask[who]("evaluate", owner)[0] for _ in range(min(2, args.repeats)))
+            found[who][f"evaluation_minutes, {name}"] = (
+                seconds * HALF / (EVALUATED * args.batch) / 60)
+    rate = ask["fused"]("probe")[2]
+    result = {"training_step_ms": {}, "loop": {}, "probe_gflops": 2e-9 * rate}
     for config in STEP_CONFIGS:
         times = {who: [] for who in names[:3]}
         for repeat in range(args.repeats + 2):
@@ -369,39 +373,35 @@ def measure_loop(args) -> dict:
             "seconds_per_epoch": np.mean(steps) / 1e3 * epoch,
             "hours_per_100_epochs": np.mean(steps) / 1e3 * epoch / 36,
             "outside_the_network": 1 - 1e3 * found[who]["network"] / sum(steps),
-            "utilisation": 1e3 * found[who]["work"] / sum(steps),
+            "utilisation": 1e3 * found[who]["macs"] / sum(steps) / rate,
             "faults_per_step": found[who].pop("faults") / STEPS,
-            "peak_gb": ask[who]("evaluate", owners["M = 1"])[3] / 1e9 if who == "fused" else
-            ask[who]("step", *draws[0])[3] / 1e9}
+            "peak_gb": ask[who]("step", *draws[0])[3] / 1e9}
     for who in names:
         ask[who]()
     return result
 
 
 def print_loop(result: dict) -> None:
-    fused = result["loop"]["fused"]
-    print(f"\n{'a step of the loop':18}  25 % / median / 75 %, ms  s/epoch  h/100 epochs  against fused")
-    for who, row in result["loop"].items():
+    loop, fused = result["loop"], result["loop"]["fused"]
+    print(f"\n{'loop':16}  ms a step: 25 %, median, 75 %  s/epoch  h/100 epochs  mean / fused")
+    for who, row in loop.items():
         low, middle, high = row["step_ms"]
-        print(f"{who:18}{low:9.0f} {middle:7.0f} {high:7.0f}{row['seconds_per_epoch']:12.0f}"
-              f"{row['hours_per_100_epochs']:14.2f}{row['mean_ms'] / fused['mean_ms']:14.2f}x")
-    print(f"\n{'final evaluation':18}  minutes, M = 4     M = 1   against fused         peak GB  "
-          "page faults a step")
-    for who, row in result["loop"].items():
-        four, one = (row[f"evaluation_minutes, M = {m}"] for m in (4, 1))
-        print(f"{who:18}{four:16.1f}{one:10.1f}"
-              f"{four / fused['evaluation_minutes, M = 4']:10.2f}x"
-              f"{one / fused['evaluation_minutes, M = 1']:6.2f}x{row['peak_gb']:16.2f}"
-              f"{row['faults_per_step']:14.0f}")
-    print(f"\n{'training step':18}" + "".join(f"{who:>24}" for who in (
-        "fused", "native", "native, default malloc")))
+        print(f"{who:16}{low:17.0f} {middle:7.0f} {high:5.0f}{row['seconds_per_epoch']:9.0f}"
+              f"{row['hours_per_100_epochs']:14.2f}{row['mean_ms'] / fused['mean_ms']:13.2f}x")
+    print(f"\n{'final evaluation':16}  minutes: M = 4   M = 1    / fused  / fused   peak GB  "
+          "page faults a step of the loop")
+    for who, row in loop.items():
+        keys = [f"evaluation_minutes, M = {m}" for m in (4, 1)]
+        print(f"{who:16}{row[keys[0]]:16.1f}{row[keys[1]]:8.1f}"
+              + "".join(f"{row[key] / fused[key]:9.2f}x" for key in keys)
+              + f"{row['peak_gb']:9.2f}{row['faults_per_step']:15.0f}")
+    print(f"\n{'training step':16}{'fused':>10}{'native':>21}{'native, default malloc':>26}")
     for config, row in result["training_step_ms"].items():
-        print(f"{config:18}" + "".join(f"{row[who][1]:16.0f} ms {row[who][1] / row['fused'][1]:.2f}x"
-                                       for who in row))
+        print(f"{config:16}" + "".join(
+            f"{times[1]:10.0f} ms {times[1] / row['fused'][1]:.2f}x   " for times in row.values()))
     for who in ("fused", "native"):
-        row = result["loop"][who]
-        print(f"{who}: utilisation {row['utilisation']:.2f} direct-convolution equivalents, "
-              f"{100 * row['outside_the_network']:.1f} % of the loop outside the network")
+        print(f"{who}: utilisation {loop[who]['utilisation']:.2f} direct-convolution equivalents, "
+              f"{100 * loop[who]['outside_the_network']:.1f} % of the loop outside the network")
 
 
 def main() -> None:

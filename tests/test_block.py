@@ -90,7 +90,8 @@ def test_block_with_a_stride_is_the_reference(fused):
 def test_stem_against_float64(fused):
     for supernet in (True, False):
         torch.manual_seed(0)
-        stem, x, grad = common.Stem(16, supernet), torch.randn(3, 3, 9, 10), torch.randn(3, 16, 9, 10)
+        stem = common.Stem(16, supernet)
+        x, grad = torch.randn(3, 3, 9, 10), torch.randn(3, 16, 9, 10)
         expected = reference(stem, x, grad, "none")
         for one, true in zip(train(stem, x, grad, "none"), expected):
             assert distance(one, true) < 2e-5

@@ -2,13 +2,16 @@
 import gzip
 import math
 import pickle
+import platform
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import arguments
+from conftest import ROOT, arguments
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
@@ -381,3 +384,24 @@ def test_rank_metrics_against_brute_force():
     assert metrics["pick_rank"] == 1 + sum(v > truth["3"] for v in b)
     assert metrics["regret"] == pytest.approx(max(b) - truth["3"])
     assert common.rank_metrics(dict.fromkeys(names, 0.5), truth)["kendall_tau"] is None
+
+
+def test_freed_memory_is_kept():
+    """Page faults of allocating, filling and freeing 40 MB ten times, in a process of its own."""
+    code = ("import resource, torch, common\n"
+            "def faults():\n"
+            "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "    for _ in range(10): torch.ones(10 << 20)\n"
+            "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+            "first = faults(); common.keep_freed_memory(); faults(); print(first, faults())")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    before, after = map(int, done.stdout.split())
+    assert after < 1000 and (before > 50_000 or platform.libc_ver()[0] != "glibc"), done.stdout
+
+
+def test_gauge_measures_what_was_done(monkeypatch):
+    gauge = common.Gauge("cpu")
+    assert 1e8 < gauge.rate < 1e14
+    monkeypatch.setattr(common.time, "perf_counter", lambda: gauge.began + 2.0)
+    gauge.macs = gauge.rate * 3
+    assert gauge.seconds == 2 and gauge.utilisation == pytest.approx(1.5)
