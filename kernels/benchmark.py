@@ -162,7 +162,8 @@ def machine_rates(clock, args, dtype) -> dict:
     a, b, product = torch.randn(3, 2048, 2048, device=args.device).to(dtype)
     big = torch.empty(64 << 20, device=args.device)
     other = torch.empty_like(big)
-    found = interleaved(clock, {"mm": lambda: torch.mm(a, b, out=product), "copy": lambda: other.copy_(big)}, 7)
+    found = interleaved(clock, {"mm": lambda: torch.mm(a, b, out=product),
+                                "copy": lambda: other.copy_(big)}, 7)
     return {"mm_gflops": 2 * 2048 ** 3 / found["mm"][1] / 1e6,
             "copy_gbs": 8 * big.numel() / found["copy"][1] / 1e6}
 

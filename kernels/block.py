@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.nn import BatchNorm2d
 
 from . import MODES, load
@@ -25,9 +26,9 @@ GRAD_AFFINE = slice(4, 6)  # rows of the gradients of gamma and beta (BackRow in
 
 def can_fuse(x: torch.Tensor, weight: torch.Tensor, norm: BatchNorm2d) -> bool:
     """Whether `stem` and `basic_block` take a layer with this (first) weight and norm: float32, 8
-    channels or more, no autocast; statistics of the batch, or no gradient wanted."""
+    channels or more, no autocast, no torch.compile; statistics of the batch, or no gradients."""
     return (x.dtype == weight.dtype == torch.float32 and len(weight) >= 8
-            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.is_autocast_enabled(x.device.type) and not torch.compiler.is_compiling()
             and (_of_batch(norm) or not torch.is_grad_enabled()))
 
 
@@ -92,6 +93,7 @@ class _NormReLU(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         y, rows, gamma, out = ctx.saved_tensors
         back, _ = ops.finish_backward(grad, out, y, rows, gamma, None, None, None)
@@ -123,6 +125,7 @@ class _BasicBlock(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (x, argmax, weight1, weight2, weight_s, y1, y2, r, rows1, rows2, rows_s, out, gamma1,
          gamma2, *gamma_s) = ctx.saved_tensors
