@@ -17,10 +17,10 @@
 // it again; here it reads 4 and writes 1 (which the shortcut needs anyway).
 // These floors are arithmetic. No kernel of this file has been timed on a GPU.
 //
-// With normalisation, ReLU and add fused, a block moves 21 tensors of its size in a training step, 7
-// forward and 14 backward; operator by operator it is 44 (block.py counts them). Nine blocks, counted
-// as identity blocks, three of 16 channels at 32x32, of 32 at 16x16 and of 64 at 8x8, batch 128,
-// float32: 3 * 21 * (8.4 + 4.2 + 2.1) MB = 925 MB, on an H100 276 us (operator by operator 1.9 GB,
+// With normalisation, ReLU and add fused, a block moves 21 tensors of its size in a training step,
+// 7 forward and 14 backward; operator by operator it is 44 (block.py counts them). Nine blocks,
+// counted as identity blocks, three of 16 channels at 32x32, of 32 at 16x16 and of 64 at 8x8, batch
+// 128, float32: 3 * 21 * (8.4 + 4.2 + 2.1) MB = 925 MB, on an H100 276 us (operator by operator 1.9 GB,
 // 578 us). Their arithmetic is 31 GFLOP: 465 us in float32, 32 us on bf16 tensor cores.
 //
 // Kernels, from simple to fast:
@@ -31,8 +31,8 @@
 //                            and weights in shared memory; a thread: 4 pixels x 4 channels
 //                            in registers, each input value used for three taps, each weight for
 //                            four pixels. The input's gradient is the same with rotated, transposed
-//                            weights. The epilogue adds the shortcut's gradient, unpools or passes a
-//                            ReLU back, and sums what the next normalisation needs.
+//                            weights. The epilogue adds the shortcut's gradient, unpools or passes
+//                            a ReLU back, and sums what the next normalisation needs.
 //   grad_weight_partial      a block: all taps of 16 x 16 channels over a fixed share of the tiles;
 //                            a thread: one c, four k, nine taps, a 3x3 window sliding along the row
 //   grad_weight_sum          adds the shares in a fixed order: no atomics, bit-reproducible
@@ -242,8 +242,9 @@ __global__ void __launch_bounds__(4 * KB) conv_tiled(
             argmax[out] = index[lane];
           }
       } else {
-        fetch4<T>(source, ((int64_t(at.n) * g.height + from_row) * g.width + from_column) * g.c_in + c,
-                  c, g.c_in, g.c_in - c, aligned, to);
+        const int64_t from =
+            ((int64_t(at.n) * g.height + from_row) * g.width + from_column) * g.c_in + c;
+        fetch4<T>(source, from, c, g.c_in, g.c_in - c, aligned, to);
       }
     }
     for (int item = threadIdx.x; item < CB * 9 * KB; item += THREADS) {

@@ -42,15 +42,15 @@ struct Input {
 };
 
 // y = conv3x3(input), padding 1. weight: (c_out,c_in,3,3). norm_y: null or rows to fill
-void conv_forward(const Shape& s, const Input& in, const float* weight, float* y, const Affine& affine,
-             float* norm_y);
+void conv_forward(const Shape& s, const Input& in, const float* weight, float* y,
+                  const Affine& affine, float* norm_y);
 
 // Gradients of the weight and of in.x; each null if not wanted. The latter contains in addition
 // that of a shortcut from the convolution's input: `extra`, or what of it passes the ReLU that made
 // `extra_out`. With in.norm it is that of `normalised`, whose rows for the way on go to back_x.
 void conv_backward(const Shape& s, const GradientOf& g, const Input& in, const float* weight,
-              const float* extra, const float* extra_out, float* grad_x, float* grad_weight,
-              const float* gamma, float* back_x);
+                   const float* extra, const float* extra_out, float* grad_x, float* grad_weight,
+                   const float* gamma, float* back_x);
 
 // The rows of y's normalisation
 void moments(int64_t pixels, int64_t channels, const float* y, const Affine& affine, float* norm);
@@ -94,9 +94,9 @@ struct Source {
 const char* launch_forward(Type type, const Layer& g, bool plain, const Source& x,
                            const void* weight, void* y, void* pooled, uint8_t* argmax,
                            const Affine& affine, float* partial, float* norm_y, void* stream);
-// grad_x has the layer input's size; extra: null, or what of the gradient of `pooled` (of x, without
-// argmax) comes from elsewhere. With an odd x_height or x_width and argmax, grad_x must be zeroed
-// before. back_x: null, or rows to fill, for grad_x the gradient of the normalised x.
+// grad_x has the layer input's size; extra: null, or what of the gradient of `pooled` (of x,
+// without argmax) comes from elsewhere. With an odd x_height or x_width and argmax, grad_x must be
+// zeroed before. back_x: null, or rows to fill, for grad_x the gradient of the normalised x.
 const char* launch_grad_input(Type type, const Layer& g, const Source& grad_y, const void* weight,
                               const uint8_t* argmax, const Source& extra, void* grad_x,
                               const Source& x, const float* gamma, float* partial, float* back_x,

@@ -427,7 +427,7 @@ struct Gradient {
   int64_t left;
   vec center = {}, by_g = {}, by_y = {}, by_1 = {};
   Gradient(const GradientOf& g, int64_t from, int64_t channels, int64_t c, int64_t left)
-      : grad(g.grad ? g.grad + from : nullptr), out(g.out ? g.out + from : nullptr), y(g.back ? g.y + from : nullptr),
+      : grad(g.grad + from), out(g.out ? g.out + from : nullptr), y(g.back ? g.y + from : nullptr),
         left(left) {
     const auto row = [&](int r) { return load(g.back + r * channels + c, left); };
     if (y) center = row(CENTER), by_g = row(BY_G), by_y = row(BY_Y), by_1 = row(BY_1);
@@ -472,8 +472,7 @@ struct Moments : Sums {
   std::vector<int64_t> pixels = std::vector<int64_t>(threads);
   explicit Moments(int64_t channels) : Sums(channels), around(threads * padded) {}
 
-  // of `count` pixels; y also goes `to` its place, if given
-  void operator()(int64_t t, int64_t count, const float* y, float* to = nullptr) {
+  void operator()(int64_t t, int64_t count, const float* y) {
     float* m = around.data + t * padded;
     if (!pixels[t])
       for (int64_t c = 0; c < channels; c++) {
@@ -486,8 +485,7 @@ struct Moments : Sums {
       const vec middle = load(m + c);
       vec sum = {}, square = {};
       loop([&](int64_t at) {
-        const vec v = load(y + at, left), d = v - middle;
-        if (to) store(to + at, v, left);
+        const vec d = load(y + at, left) - middle;
         sum += d;
         square += d * d;
       });
@@ -650,23 +648,23 @@ void conv_forward(const Shape& s, const Input& in, const float* weight, float* y
   share(s.batch, [&](int64_t t, int64_t begin, int64_t end) {
     Work work(s);
     const Zeros input(step * tiles.padded * s.c_in);
-    const Scratch output(step * pixels * s.c_out);
     for (int64_t first = begin; first < end; first += step) {
       const int64_t images = std::min(step, end - first), from = first * pixels * s.c_in;
       for (int64_t i = 0; in.pooled && i < images; i++)
         pool_image(in.x + (first + i) * in.x_height * in.x_width * s.c_in, in.x_width,
                    in.pooled + from + i * pixels * s.c_in, in.argmax + from + i * pixels * s.c_in,
                    s.height, s.width, s.c_in);
-      make_input(tiles, images, s.c_in, (in.pooled ? in.pooled : in.x) + from, in.norm, input.data);
-      // y by way of the cache: scattered stores to memory wait for it (1.05x for a whole step)
+      const float* x = in.pooled ? in.pooled : in.x;
+      make_input(tiles, images, s.c_in, x + from, in.norm, input.data);
+      const int64_t after = first + images, next = std::min(step, end - after);
+      const int64_t of_x = (in.pooled ? in.x_height * in.x_width : pixels) * s.c_in;
+      const int64_t of_y = pixels * s.c_out;
       work.plan(tiles, images, (s.c_out + GROUP - 1) / GROUP);
-      const int64_t next = std::min(step, end - first - images), of_x = in.pooled
-          ? in.x_height * in.x_width * s.c_in : pixels * s.c_in;
-      work.soon(in.x, (first + images) * of_x, next * of_x);
-      work.soon(y, first * pixels * s.c_out, images * pixels * s.c_out);
-      float* const here = norm_y ? output.data : y + first * pixels * s.c_out;
+      work.soon(in.x, after * of_x, next * of_x);
+      work.soon(y, first * of_y, images * of_y);
+      float* const here = y + first * of_y;
       BY_CHANNELS(convolve, s.c_in)(s, input.data, U.data, here, images, work);
-      if (norm_y) sums(t, images * pixels, here, y + first * pixels * s.c_out);
+      if (norm_y) sums(t, images * pixels, here);
     }
   });
   if (norm_y) sums.rows(affine, norm_y);
@@ -688,7 +686,7 @@ void conv_backward(const Shape& s, const GradientOf& g, const Input& in, const f
     float* const dU_here = dU.data + t * size;
     if (grad_weight) std::fill(dU_here, dU_here + size, 0.0f);
     const Zeros grad_y(step * tiles.padded * s.c_out), input(step * tiles.padded * s.c_in);
-    const Scratch output(grad_x ? step * pixels * s.c_in : 0);
+    const Scratch pooled(grad_x && in.argmax ? step * pixels * s.c_in : 0);
     for (int64_t first = begin; first < end; first += step) {
       const int64_t images = std::min(step, end - first), from = first * pixels * s.c_in;
       each_padded(tiles, images, s.c_out, [&](int64_t c, int64_t left, auto loop) {
@@ -707,7 +705,7 @@ void conv_backward(const Shape& s, const GradientOf& g, const Input& in, const f
       if (grad_weight)
         BY_CHANNELS(weight_gradient, s.c_in)(s, input.data, grad_y.data, images, dU_here, work);
       if (!grad_x) continue;
-      float *const here = output.data, *const to = in.argmax ? here : grad_x + from;
+      float* const here = in.argmax ? pooled.data : grad_x + from;
       BY_CHANNELS(convolve, s.c_out)(back, grad_y.data, U.data, here, images, work);
       if (in.norm)
         each_padded(tiles, images, s.c_in, [&](int64_t c, int64_t left, auto loop) {
@@ -717,17 +715,14 @@ void conv_backward(const Shape& s, const GradientOf& g, const Input& in, const f
             const vec v = relu_backward(load(here + at, left), load(input.data + padded, left));
             sum += v;
             product += v * (load(in.x + from + at, left) - center);
-            store(to + at, v, left);
+            store(here + at, v, left);
           });
           sums.add(t, c, sum, product);
         });
-      else
+      if (extra)
         each(images * pixels, s.c_in, [&](int64_t c, int64_t left, auto loop) {
           const Gradient more({extra, extra_out}, from, s.c_in, c, left);
-          loop([&](int64_t at) {
-            const vec v = load(here + at, left);
-            store(to + at, extra ? v + more(at) : v, left);
-          });
+          loop([&](int64_t at) { store(here + at, load(here + at, left) + more(at), left); });
         });
       for (int64_t i = 0; in.argmax && i < images; i++)
         unpool_image(here + i * pixels * s.c_in, in.argmax + from + i * pixels * s.c_in,
