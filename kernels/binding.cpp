@@ -252,7 +252,8 @@ Outputs norm_conv_backward_cuda(const Tensor& grad_, const MaybeTensor& out, con
     check(launch_grad_input(type_of(x), g, of_grad, weight.const_data_ptr(),
                             pool ? data<uint8_t>(argmax) : nullptr,
                             {data_of(extra), nullptr, data_of(extra_out)},
-                            grad_x.mutable_data_ptr(), of_x, data(gamma), partial.mutable_data_ptr<float>(),
+                            grad_x.mutable_data_ptr(), of_x, data(gamma),
+                            partial.mutable_data_ptr<float>(),
                             norm ? back_x.mutable_data_ptr<float>() : nullptr, stream));
   }
   if (want_weight) {

@@ -20,8 +20,8 @@
 // With normalisation, ReLU and add fused, a block moves 21 tensors of its size in a training step,
 // 7 forward and 14 backward; operator by operator it is 44 (block.py counts them). Nine blocks,
 // counted as identity blocks, three of 16 channels at 32x32, of 32 at 16x16 and of 64 at 8x8, batch
-// 128, float32: 3 * 21 * (8.4 + 4.2 + 2.1) MB = 925 MB, on an H100 276 us (operator by operator 1.9 GB,
-// 578 us). Their arithmetic is 31 GFLOP: 465 us in float32, 32 us on bf16 tensor cores.
+// 128, float32: 3 * 21 * (8.4 + 4.2 + 2.1) MB = 925 MB, on an H100 276 us (operator by operator
+// 1.9 GB, 578 us). Their arithmetic is 31 GFLOP: 465 us in float32, 32 us on bf16 tensor cores.
 //
 // Kernels, from simple to fast:
 //   pool_plain, conv_plain   a thread an output element; the reference on the device

@@ -377,7 +377,7 @@ void share(int64_t count, const Work& work) {
 
 // ---- loops over pixels, a vector of channels at a time
 
-constexpr int64_t PIXELS = 128;  // that stay in the L1 cache from one vector of channels to the next
+constexpr int64_t PIXELS = 128;  // that stay in the L1 cache from a vector of channels to the next
 
 // body(c, left, loop): channels from c on (`left` to the last one) of some pixels;
 // loop(pixel) calls pixel(at) for each, its place
@@ -504,7 +504,8 @@ struct Moments : Sums {
         count += n;
         mean += apart * n / count;
       }
-      const double variance = square / count, invstd = 1 / std::sqrt(variance + affine.eps);
+      const double variance = std::max(square / count, 0.0);  // a NaN stays
+      const double invstd = 1 / std::sqrt(variance + affine.eps);
       const double scale = (affine.gamma ? affine.gamma[c] : 1) * invstd;
       norm[CENTER * channels + c] = mean;
       const double offset = mean - norm[CENTER * channels + c];
