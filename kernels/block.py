@@ -128,8 +128,7 @@ class _BasicBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (x, argmax, weight1, weight2, weight_s, y1, y2, r, rows1, rows2, rows_s, out, gamma1,
-         gamma2, *gamma_s) = ctx.saved_tensors
-        gamma_s = gamma_s[0] if gamma_s else None
+         gamma2, gamma_s) = ctx.saved_tensors
         back2, back_s = ops.finish_backward(grad, out, y2, rows2, gamma2, r, rows_s, gamma_s)
         grad1, grad_weight2, back1 = ops.norm_conv_backward(
             grad, out, y2, back2, y1, rows1, gamma1, weight2, None, None, None, MODES["none"],
