@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")),
 CASES = [(3, 16, 16, 12, 12, "none", True), (3, 16, 16, 12, 12, "none", False),
          (2, 16, 32, 16, 16, "maxpool", True), (3, 20, 20, 9, 11, "maxpool", False),
          (2, 33, 40, 7, 5, "none", False), (5, 8, 8, 5, 6, "maxpool", True),
-         (1, 64, 64, 2, 3, "none", True), (2, 9, 17, 3, 3, "maxpool", False)]
+         (4, 64, 64, 2, 3, "none", True), (8, 9, 17, 5, 3, "maxpool", False)]
 
 
 @pytest.fixture(params=["cpu", "emulated"])
@@ -62,22 +62,35 @@ def reference(layer, x, grad, *arguments):
         common.fused = kept
 
 
-@pytest.mark.parametrize("n, c_in, c_out, height, width, downsample, supernet", CASES)
-def test_block_against_float64(fused, monkeypatch, n, c_in, c_out, height, width, downsample,
-                               supernet):
+def make_case(n, c_in, c_out, height, width, downsample, supernet, seed):
+    """Block, input, gradient of the output; where no ReLU is so near to 0 that rounding, which is
+    another on another CPU, could open or close it."""
+    for attempt in range(100):
+        block = make_block(c_in, c_out, supernet, 100 * seed + attempt)
+        x = torch.randn(n, c_in, height, width).relu()
+        exact = copy.deepcopy(block).double()
+        p = F.max_pool2d(x.double(), 2) if downsample == "maxpool" else x.double()
+        first = exact.norm1(exact.conv1(p))
+        second = exact.norm2(exact.conv2(first.relu())) + exact.shortcut(p)
+        if min(first.abs().min(), second.abs().min()) > 2e-5:
+            return block, x, torch.randn(second.shape)
+    raise AssertionError("no such case")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_block_against_float64(fused, monkeypatch, case):
+    downsample = case[5]
     for seed in range(3):
         monkeypatch.setenv("EMULATION_ORDER", str(seed))
-        block = make_block(c_in, c_out, supernet, seed)
-        x = torch.randn(n, c_in, height, width).relu()
-        size = F.max_pool2d(x, 2).shape[2:] if downsample == "maxpool" else x.shape[2:]
-        grad = torch.randn(n, c_out, *size)
+        block, x, grad = make_case(*case, seed)
         expected = reference(block, x, grad, downsample)
+        untouched = copy.deepcopy(block)
         found = train(block, x, grad, downsample)
         assert len(found) == len(expected)
         for one, true in zip(found, expected):
-            assert one.shape == true.shape and distance(one, true) < 2e-5
+            assert one.shape == true.shape and distance(one, true) < 5e-5
         if seed == 0:  # bit for bit the same again
-            again = train(make_block(c_in, c_out, supernet, seed), x, grad, downsample)
+            again = train(untouched, x, grad, downsample)
             assert all(torch.equal(a, b) for a, b in zip(found, again))
 
 
@@ -179,13 +192,10 @@ def test_gradients_of_a_step_are_as_good_as_native(digits):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("n, c_in, c_out, height, width, downsample, supernet", CASES)
-def test_block_on_a_gpu(monkeypatch, n, c_in, c_out, height, width, downsample, supernet):
+@pytest.mark.parametrize("case", CASES)
+def test_block_on_a_gpu(monkeypatch, case):
     monkeypatch.setattr(common, "fused", kernels)
-    block = make_block(c_in, c_out, supernet)
-    x = torch.randn(n, c_in, height, width).relu()
-    size = F.max_pool2d(x, 2).shape[2:] if downsample == "maxpool" else x.shape[2:]
-    grad = torch.randn(n, c_out, *size)
-    expected = reference(block, x, grad, downsample)
-    for one, true in zip(train(block.cuda(), x.cuda(), grad.cuda(), downsample), expected):
-        assert distance(one.cpu(), true) < 2e-5
+    block, x, grad = make_case(*case, 0)
+    expected = reference(block, x, grad, case[5])
+    for one, true in zip(train(block.cuda(), x.cuda(), grad.cuda(), case[5]), expected):
+        assert distance(one.cpu(), true) < 5e-5
