@@ -165,9 +165,9 @@ def test_gradients_of_a_step_are_as_good_as_native(digits):
     train, _ = digits
     errors = {kernel: [] for kernel in ("native", "fused")}
     configs = ((4, 3, 3), (1, 1, 8), (7, 1, 2))
-    for seed in range(3):
+    for seed in range(2):
         torch.manual_seed(seed)
-        network = common.ResNet20(10, supernet=seed != 2)
+        network = common.ResNet20(10, supernet=seed == 0)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
         for trained in (False, True):
             images, labels = train.batch(torch.arange(seed, len(train), 24))
@@ -188,7 +188,7 @@ def test_gradients_of_a_step_are_as_good_as_native(digits):
                     common.train_step(network, optimizer, *train.batch(part), configs[i % 3], "")
     means = {kernel: math.exp(sum(map(math.log, found)) / len(found))
              for kernel, found in errors.items()}
-    assert len(errors["fused"]) == 18 and means["fused"] < 1.5 * means["native"], errors
+    assert len(errors["fused"]) == 12 and means["fused"] < 1.5 * means["native"], errors
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
