@@ -510,6 +510,12 @@ class Gauge:
     def utilisation(self) -> float:
         return self.macs / self.seconds / self.rate
 
+    def epoch(self, images: int) -> dict[str, float]:
+        """What log.jsonl keeps of an epoch of so many images."""
+        seconds = self.seconds
+        return {"seconds": seconds, "images_per_second": images / seconds,
+                "utilisation": self.macs / seconds / self.rate}
+
 
 def batch_norm(channels: int, supernet: bool) -> nn.BatchNorm2d:
     """In a supernet: no affine parameters, batch statistics always, since running ones would mix
@@ -729,9 +735,8 @@ def train_stand_alone(run: Run, args: argparse.Namespace, train: Images, test: I
                 bar.set_postfix_str(f"{name} seed {seed}, train accuracy {batch[1]:.3f}, "
                                     f"utilisation {gauge.utilisation:.2f}", False)
                 bar.update()
-            run.log(config=name, seed=seed, epoch=epoch + 1, seconds=gauge.seconds,
-                    train_loss=loss, train_accuracy=correct, lr=lr,
-                    images_per_second=len(train) / gauge.seconds, utilisation=gauge.utilisation)
+            run.log(config=name, seed=seed, epoch=epoch + 1, **gauge.epoch(len(train)),
+                    train_loss=loss, train_accuracy=correct, lr=lr)
             run.save(checkpoint, {"epoch": epoch + 1, "network": network.state_dict(),
                                   "optimizer": optimizer.state_dict(), "loss": loss,
                                   "correct": correct})
@@ -896,7 +901,10 @@ def _environment(args: argparse.Namespace) -> dict:
 # -------------------------------------------------------------------------- report and plots
 
 def report_speed(run: Run) -> None:
-    lines = run.read_log()
+    """Print the means over the log's epochs; nothing for a log from before they were kept."""
+    lines = [line for line in run.read_log() if "utilisation" in line]
+    if not lines:
+        return
     speed, utilisation = (mean(line[key] for line in lines)
                           for key in ("images_per_second", "utilisation"))
     print(f"\n{speed:.0f} images/s; utilisation {utilisation:.2f} direct-convolution equivalents "

@@ -194,14 +194,12 @@ def main() -> None:
                                     f"utilisation {gauge.utilisation:.2f}", False)
                 bar.update()
 
-        line = dict(epoch=epoch + 1, seconds=gauge.seconds, utilisation=gauge.utilisation,
-                    images_per_second=count * len(train) / gauge.seconds)
+        line = dict(epoch=epoch + 1, **gauge.epoch(count * len(train)))
         loss, hit, checked = (totals / (rounds * count)).tolist()
         assignment = assign(scores, temperature, args)
-        line |= dict(train_loss=loss, train_accuracy=hit,
-                    val_accuracy=checked, lr=lr, temperature=temperature,
-                    p_m=assignment.mean(0).tolist(),
-                    mean_max_p=assignment.max(1).values.mean().item())
+        line |= dict(train_loss=loss, train_accuracy=hit, val_accuracy=checked, lr=lr,
+                     temperature=temperature, p_m=assignment.mean(0).tolist(),
+                     mean_max_p=assignment.max(1).values.mean().item())
         if epoch + 1 in snapshots:
             line["assignment"] = assignment.tolist()
         if args.rank_every and (epoch + 1) % args.rank_every == 0:

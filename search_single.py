@@ -76,8 +76,7 @@ def main() -> None:
                                 f"utilisation {gauge.utilisation:.2f}", False)
             bar.update()
 
-        line = dict(epoch=epoch + 1, seconds=gauge.seconds, utilisation=gauge.utilisation,
-                    images_per_second=len(train) / gauge.seconds)
+        line = dict(epoch=epoch + 1, **gauge.epoch(len(train)))
         checked = []  # SPOS validates at its end only: a glance, one draw on each of ten batches
         with torch.inference_mode():
             for index in shuffled_batches(len(validation), args.batch_size, checks)[:10]:

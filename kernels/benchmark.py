@@ -20,6 +20,7 @@ random images, on the same draws of (configuration, supernet), in turns of five 
 malloc" is native without what common.keep_freed_memory does. Writes --out: loop.json.
 """
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -39,6 +40,7 @@ import kernels  # noqa: E402
 
 LAYERS = ["16,16,32", "16,16,16", "16,32,32", "16,32,16", "32,32,32", "32,32,16", "32,32,8",
           "32,64,16", "32,64,8", "64,64,32", "64,64,16", "64,64,8"]
+STEP_CONFIGS = ((4, 3, 3), (1, 1, 8), (7, 1, 2))
 PASSES = ("forward", "grad_input", "grad_weight", "all")
 
 
@@ -63,8 +65,9 @@ class Clock:
         return first.elapsed_time(last)
 
 
-def interleaved(clock: Clock, calls: dict, repeats: int) -> dict[str, np.ndarray]:
-    """Quartiles (3,) of each call's milliseconds, called in turns, after two rounds to warm up."""
+def interleaved(clock, calls: dict, repeats: int) -> dict[str, np.ndarray]:
+    """Quartiles (3,) of each call's milliseconds, called in turns, after two rounds to warm up;
+    clock(call) makes a call and gives its milliseconds."""
     times = {name: [] for name in calls}
     for repeat in range(repeats + 2):
         for name, call in calls.items():
@@ -190,7 +193,6 @@ def plot(rows: list[dict], steps: list[dict], path: Path) -> None:
 # ----------------------------------------------------------------------------------------- --loop
 
 STEPS, TURN, SUPERNETS, HALF, EVALUATED = 40, 5, 4, 25000, 4  # the last: batches
-STEP_CONFIGS = ((4, 3, 3), (1, 1, 8), (7, 1, 2))
 
 
 def random_images(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -221,6 +223,7 @@ class OurLoop:
         self.optimizers = [torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
                            for net in self.networks]
         self.configs = common.enumerate_configs(10, 3)
+        self.macs = [common.count_macs(self.networks[0], config, 32) for config in self.configs]
         self.scores = torch.ones(len(self.configs), SUPERNETS, dtype=torch.float64)
         self.args = argparse.Namespace(balance=True, tolerance=1e-4)
 
@@ -239,8 +242,7 @@ class OurLoop:
             logits = self.networks[m](images, self.configs[c])
         seconds += time.perf_counter() - start
         search.update_score(self.scores, c, m, common.accuracy(logits, labels), 0.9)
-        macs = common.count_macs(self.networks[m], self.configs[c], 32)
-        return {"network": seconds, "macs": 4 * self.batch * macs}
+        return {"network": seconds, "macs": 4 * self.batch * self.macs[c]}
 
     def probe(self) -> float:
         return self.common.Gauge("cpu").rate
@@ -361,12 +363,10 @@ def measure_loop(args) -> dict:
     rate = ask["fused"]("probe")[2]
     result = {"training_step_ms": {}, "loop": {}, "probe_gflops": 2e-9 * rate}
     for config in STEP_CONFIGS:
-        times = {who: [] for who in names[:3]}
-        for repeat in range(args.repeats + 2):
-            for who in times:
-                times[who].append(1e3 * ask[who]("train", config)[0])
+        calls = {who: functools.partial(ask[who], "train", config) for who in names[:3]}
+        times = interleaved(lambda call: 1e3 * call()[0], calls, args.repeats)
         result["training_step_ms"][",".join(map(str, config))] = {
-            who: np.percentile(values[2:], [25, 50, 75]).tolist() for who, values in times.items()}
+            who: found_ms.tolist() for who, found_ms in times.items()}
     for who in loops:
         steps, epoch = found[who].pop("steps"), HALF / args.batch
         result["loop"][who] = found[who] | {

@@ -42,6 +42,17 @@ Tensor bytes(at::IntArrayRef sizes, const Tensor& like) {
                                             : options);
 }
 
+// What the max-pool of x writes; empty where the mode is another
+std::tuple<Tensor, Tensor> empty_pooled(const Tensor& x, int64_t mode) {
+  if (mode != MAXPOOL) return {at::empty({0}, x.options()), bytes({0}, x)};
+  Tensor pooled = empty_nhwc({x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2}, x);
+  return {pooled, bytes(pooled.sizes(), x)};
+}
+// Rows of NormRow or BackRow, or scratch
+Tensor rows(int64_t count, int64_t channels, const Tensor& like) {
+  return at::empty({count, channels}, like.options().dtype(at::kFloat));
+}
+
 // Null for a tensor that is not there
 template <typename T = float>
 const T* data(const MaybeTensor& x) { return x ? x->const_data_ptr<T>() : nullptr; }
@@ -55,20 +66,19 @@ Normalised norm_conv_cpu(
     const MaybeTensor& beta, double eps, int64_t mode, bool normalise) {
   const bool pool = mode == MAXPOOL;
   const Tensor x = nhwc(x_);
-  Tensor pooled = at::empty({0}, x.options()), argmax = bytes({0}, x);
+  auto [pooled, argmax] = empty_pooled(x, mode);
   Input in{x.const_data_ptr<float>(), data(norm)};
   if (pool) {
-    pooled = empty_nhwc({x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2}, x);
-    argmax = bytes(pooled.sizes(), x);
     in.pooled = pooled.mutable_data_ptr<float>();
     in.argmax = argmax.mutable_data_ptr<uint8_t>();
     in.x_height = x.size(2), in.x_width = x.size(3);
   }
   const Shape s = shape(pool ? pooled : x, weight);
   Tensor y = empty_nhwc({s.batch, s.c_out, s.height, s.width}, x);
-  Tensor norm_y = at::empty({normalise ? NORM_ROWS : 0, s.c_out}, x.options());
+  Tensor norm_y = rows(normalise ? NORM_ROWS : 0, s.c_out, x);
   conv_forward(s, in, weight.contiguous().const_data_ptr<float>(), y.mutable_data_ptr<float>(),
-          {data(gamma), data(beta), eps}, normalise ? norm_y.mutable_data_ptr<float>() : nullptr);
+               {data(gamma), data(beta), eps},
+               normalise ? norm_y.mutable_data_ptr<float>() : nullptr);
   return {y, norm_y, pooled, argmax};
 }
 
@@ -85,7 +95,7 @@ Outputs norm_conv_backward_cpu(const Tensor& grad_, const MaybeTensor& out, cons
   const MaybeTensor extra = nhwc(extra_);
   const Shape s = shape(x, weight);
   Tensor grad_x = at::empty({0}, x.options()), grad_weight = grad_x;
-  Tensor back_x = at::empty({norm ? BACK_ROWS : 0, s.c_in}, x.options());
+  Tensor back_x = rows(norm ? BACK_ROWS : 0, s.c_in, x);
   if (want_x)
     grad_x = empty_nhwc({s.batch, s.c_in, pool ? height : s.height, pool ? width : s.width}, x);
   if (want_weight) grad_weight = at::empty(weight.sizes(), weight.options());
@@ -102,7 +112,7 @@ Outputs norm_conv_backward_cpu(const Tensor& grad_, const MaybeTensor& out, cons
 int64_t pixels(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
 
 Tensor moments_cpu(const Tensor& y, const MaybeTensor& gamma, const MaybeTensor& beta, double eps) {
-  Tensor norm = at::empty({NORM_ROWS, y.size(1)}, y.options());
+  Tensor norm = rows(NORM_ROWS, y.size(1), y);
   moments(pixels(y), y.size(1), nhwc(y).const_data_ptr<float>(), {data(gamma), data(beta), eps},
           norm.mutable_data_ptr<float>());
   return norm;
@@ -120,7 +130,7 @@ Gradients finish_backward_cpu(const Tensor& grad_, const Tensor& out, const Tens
                               const Tensor& norm, const MaybeTensor& gamma, const MaybeTensor& r,
                               const MaybeTensor& norm_r, const MaybeTensor& gamma_r) {
   const Tensor grad = nhwc(grad_);
-  Tensor back = at::empty({BACK_ROWS, y.size(1)}, y.options()), back_r = at::empty_like(back);
+  Tensor back = rows(BACK_ROWS, y.size(1), y), back_r = at::empty_like(back);
   const Normed of_r{data(r), data(norm_r), data(gamma_r), back_r.mutable_data_ptr<float>()};
   finish_backward(pixels(y), y.size(1), grad.const_data_ptr<float>(), out.const_data_ptr<float>(),
                   {y.const_data_ptr<float>(), norm.const_data_ptr<float>(), data(gamma),
@@ -200,27 +210,18 @@ Layer layer(const Tensor& in, const Tensor& weight, int64_t mode, int64_t x_heig
 }
 
 const void* data_of(const MaybeTensor& x) { return x ? x->const_data_ptr() : nullptr; }
-Tensor floats(int64_t count, const Tensor& like) {
-  return at::empty({count}, like.options().dtype(at::kFloat));
-}
-Tensor rows(int64_t count, int64_t channels, const Tensor& like) {
-  return at::empty({count, channels}, like.options().dtype(at::kFloat));
-}
 
 Normalised norm_conv_cuda(const Tensor& x_, const MaybeTensor& norm, const Tensor& weight_,
                        const MaybeTensor& gamma, const MaybeTensor& beta, double eps, int64_t mode,
                        bool normalise) {
   const c10::cuda::CUDAGuard guard(x_.device());
-  Tensor x = nhwc(x_), weight = weight_.contiguous(), pooled = at::empty({0}, x.options());
-  Tensor in = x, argmax = bytes({0}, x);
-  if (mode == MAXPOOL) {
-    in = pooled = empty_nhwc({x.size(0), x.size(1), x.size(2) / 2, x.size(3) / 2}, x);
-    argmax = bytes(in.sizes(), in);
-  }
+  const Tensor x = nhwc(x_), weight = weight_.contiguous();
+  auto [pooled, argmax] = empty_pooled(x, mode);
+  const Tensor in = mode == MAXPOOL ? pooled : x;
   const Layer g = layer(in, weight, mode, x.size(2), x.size(3));
   Tensor y = empty_nhwc({g.batch, g.c_out, g.y_height, g.y_width}, x);
   Tensor norm_y = rows(normalise ? NORM_ROWS : 0, g.c_out, x);
-  Tensor partial = floats(normalise ? partial_floats(g) : 0, x);
+  Tensor partial = rows(1, normalise ? partial_floats(g) : 0, x);
   check(launch_forward(type_of(x), g, false, {x.const_data_ptr(), data(norm)},
                        weight.const_data_ptr(), y.mutable_data_ptr(), pooled.mutable_data_ptr(),
                        mode == MAXPOOL ? argmax.mutable_data_ptr<uint8_t>() : nullptr,
@@ -242,7 +243,7 @@ Outputs norm_conv_backward_cuda(const Tensor& grad_, const MaybeTensor& out, con
   const bool pool = mode == MAXPOOL;
   const Layer g = layer(x, weight, mode, pool ? height : x.size(2), pool ? width : x.size(3));
   Tensor grad_x = at::empty({0}, x.options()), grad_weight = grad_x;
-  Tensor back_x = rows(norm ? BACK_ROWS : 0, g.c_in, x), partial = floats(partial_floats(g), x);
+  Tensor back_x = rows(norm ? BACK_ROWS : 0, g.c_in, x), partial = rows(1, partial_floats(g), x);
   const Source of_x{x.const_data_ptr(), data(norm)};
   const Source of_grad{grad.const_data_ptr(), nullptr, data_of(out), data_of(y), data(back)};
   void* stream = c10::cuda::getCurrentCUDAStream();
@@ -281,7 +282,7 @@ Gradients backward_cuda(const Tensor& grad_y, const MaybeTensor& grad_pooled, co
 Tensor moments_cuda(const Tensor& y, const MaybeTensor& gamma, const MaybeTensor& beta,
                     double eps) {
   const c10::cuda::CUDAGuard guard(y.device());
-  Tensor norm = rows(NORM_ROWS, y.size(1), y), partial = floats(PARTIAL_ROWS * y.size(1), y);
+  Tensor norm = rows(NORM_ROWS, y.size(1), y), partial = rows(PARTIAL_ROWS, y.size(1), y);
   check(launch_moments(type_of(y), pixels(y), y.size(1), y.const_data_ptr(),
                        {data(gamma), data(beta), eps}, partial.mutable_data_ptr<float>(),
                        norm.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
@@ -303,7 +304,7 @@ Gradients finish_backward_cuda(const Tensor& grad_, const Tensor& out, const Ten
                                const MaybeTensor& norm_r, const MaybeTensor& gamma_r) {
   const c10::cuda::CUDAGuard guard(y.device());
   const Tensor grad = nhwc(grad_);
-  Tensor partial = floats(PARTIAL_ROWS * y.size(1), y);
+  Tensor partial = rows(PARTIAL_ROWS, y.size(1), y);
   auto sums = [&](const Tensor& y, const Tensor& norm, const MaybeTensor& gamma) {
     Tensor back = rows(BACK_ROWS, y.size(1), y);
     check(launch_finish_backward(

@@ -84,6 +84,11 @@ def _moments(y: torch.Tensor, norm: BatchNorm2d) -> torch.Tensor:
     return _rows(norm, batch, y)
 
 
+def _affine(back: torch.Tensor, gamma: torch.Tensor | None) -> tuple:
+    """Gradients of gamma and beta, where the norm has them."""
+    return (None, None) if gamma is None else tuple(back[GRAD_AFFINE].clone())
+
+
 class _NormReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, norm, gamma, beta):
@@ -97,8 +102,7 @@ class _NormReLU(torch.autograd.Function):
     def backward(ctx, grad):
         y, rows, gamma, out = ctx.saved_tensors
         back, _ = ops.finish_backward(grad, out, y, rows, gamma, None, None, None)
-        affine = (None, None) if gamma is None else back[GRAD_AFFINE].clone()
-        return ops.apply_backward(grad, out, y, back), None, *affine
+        return ops.apply_backward(grad, out, y, back), None, *_affine(back, gamma)
 
 
 class _BasicBlock(torch.autograd.Function):
@@ -142,9 +146,9 @@ class _BasicBlock(torch.autograd.Function):
         grad_x, grad_weight1, _ = ops.norm_conv_backward(
             grad1, None, y1, back1, x, None, None, weight1, argmax, extra, extra_out, ctx.mode,
             *ctx.size, ctx.needs_input_grad[0], True)
-        affine = [g for back in (back1, back2, back_s)[:3 if weight_s is not None else 2]
-                  for g in (back[GRAD_AFFINE].clone() if gamma1 is not None else (None, None))]
-        return grad_x, grad_weight1, grad_weight2, grad_weight_s, None, None, *affine
+        of_s = () if weight_s is None else _affine(back_s, gamma_s)
+        return (grad_x, grad_weight1, grad_weight2, grad_weight_s, None, None,
+                *_affine(back1, gamma1), *_affine(back2, gamma2), *of_s)
 
 
 def _pixels(x: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,6 @@
 #include "pool_conv.h"
 
 #include <algorithm>
-#include <cmath>
 
 #ifndef CUDA_EMULATION
 #include <cuda_bf16.h>
@@ -87,19 +86,19 @@ __device__ inline void load4(const T* p, int left, bool aligned, float* to) {
   }
 }
 
+__device__ inline float normalised(float v, const float* norm, int c, int channels) {
+  return (v - norm[CENTER * channels + c]) * norm[SCALE * channels + c] +
+         norm[SHIFT * channels + c];
+}
+__device__ inline float relu(float v) { return v < 0 ? 0.0f : v; }  // a NaN passes
+
 // Four channels (or `left`) of what `from` describes, from element `at` on, channel c of `channels`
 template <typename T>
 __device__ inline void fetch4(const Source& from, int64_t at, int c, int channels, int left,
                               bool aligned, float* to) {
   load4(static_cast<const T*>(from.x) + at, left, aligned, to);
-  if (from.norm) {
-    for (int q = 0; q < 4 && q < left; q++) {
-      const float* row = from.norm + c + q;
-      const float v = (to[q] - row[CENTER * channels]) * row[SCALE * channels] +
-                      row[SHIFT * channels];
-      to[q] = v < 0 ? 0.0f : v;  // a NaN passes
-    }
-  }
+  for (int q = 0; from.norm && q < 4 && q < left; q++)
+    to[q] = relu(normalised(to[q], from.norm, c + q, channels));
   if (from.out) {
     float out[4];
     load4(static_cast<const T*>(from.out) + at, left, aligned, out);
@@ -396,15 +395,11 @@ __global__ void elementwise(int64_t count, int channels, Source from, const floa
   const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (at >= count) return;
   const int c = at % channels;
-  const auto normalised = [&](float v, const float* rows) {
-    return (v - rows[CENTER * channels + c]) * rows[SCALE * channels + c] +
-           rows[SHIFT * channels + c];
-  };
   float value[4];  // one of them
   if (norm) {
-    value[0] = normalised(to_float(static_cast<const T*>(from.x)[at]), norm);
-    if (r) value[0] += norm_r ? normalised(to_float(r[at]), norm_r) : to_float(r[at]);
-    value[0] = value[0] < 0 ? 0.0f : value[0];
+    float v = normalised(to_float(static_cast<const T*>(from.x)[at]), norm, c, channels);
+    if (r) v += norm_r ? normalised(to_float(r[at]), norm_r, c, channels) : to_float(r[at]);
+    value[0] = relu(v);
   } else {
     fetch4<T>(from, at, c, channels, 1, false, value);
   }
@@ -440,40 +435,22 @@ __global__ void column_sums(int64_t pixels, int channels, Source grad, const T* 
   to[0] = end - begin, to[channels] = pivot, to[2 * channels] = first, to[3 * channels] = second;
 }
 
-// A block a channel, 64 threads: moments of the parts, joined pair by pair (Chan et al. 1979)
+// A block a channel, 64 threads: moments of the parts, joined pair by pair
 __global__ void norm_rows(int64_t parts, int channels, const float* partial, Affine affine,
                           float* norm) {
-  __shared__ double count[64], mean[64], square[64];
+  __shared__ Moment found[64];
   const int t = threadIdx.x, c = blockIdx.x;
-  const auto join = [&](int to, double n, double m, double q) {
-    if (n == 0) return;
-    const double all = count[to] + n, apart = m - mean[to];
-    mean[to] += apart * n / all;
-    square[to] += q + apart * apart * count[to] * n / all;
-    count[to] = all;
-  };
-  count[t] = mean[t] = square[t] = 0;
+  found[t] = {0, 0, 0};
   for (int64_t part = t; part < parts; part += 64) {
     const float* row = partial + part * SUMS * channels + c;
     const double n = row[0], sum = row[2 * channels];
-    if (n > 0) join(t, n, row[channels] + sum / n, row[3 * channels] - sum * sum / n);
+    if (n > 0) found[t].join({n, row[channels] + sum / n, row[3 * channels] - sum * sum / n});
   }
   for (int half = 32; half; half /= 2) {
     __syncthreads();
-    if (t < half) join(t, count[t + half], mean[t + half], square[t + half]);
+    if (t < half) found[t].join(found[t + half]);
   }
-  if (t) return;
-  const double variance = square[0] < 0 ? 0 : square[0] / count[0];
-  const double invstd = 1 / sqrt(variance + affine.eps);
-  const double scale = (affine.gamma ? affine.gamma[c] : 1.0) * invstd;
-  const float center = mean[0];
-  const double offset = mean[0] - center;
-  norm[CENTER * channels + c] = center;
-  norm[OFFSET * channels + c] = offset;
-  norm[SCALE * channels + c] = scale;
-  norm[SHIFT * channels + c] = (affine.beta ? affine.beta[c] : 0.0) - offset * scale;
-  norm[INVSTD * channels + c] = invstd;
-  norm[VARIANCE * channels + c] = variance;
+  if (!t) write_norm(found[0], affine, c, channels, norm);
 }
 
 __global__ void back_rows(int64_t parts, int channels, double pixels, const float* partial,
@@ -489,16 +466,7 @@ __global__ void back_rows(int64_t parts, int channels, double pixels, const floa
     __syncthreads();
     if (t < half) sums[t] += sums[t + half], products[t] += products[t + half];
   }
-  if (t) return;
-  const double offset = norm[OFFSET * channels + c], invstd = norm[INVSTD * channels + c];
-  const double product = (products[0] - offset * sums[0]) * invstd;
-  const double by_g = (gamma ? gamma[c] : 1.0) * invstd, by_y = -by_g * invstd * product / pixels;
-  back[CENTER * channels + c] = norm[CENTER * channels + c];
-  back[BY_G * channels + c] = by_g;
-  back[BY_Y * channels + c] = by_y;
-  back[BY_1 * channels + c] = -by_g * sums[0] / pixels - by_y * offset;
-  back[GRAD_GAMMA * channels + c] = product;
-  back[GRAD_BETA * channels + c] = sums[0];
+  if (!t) write_back(sums[0], products[0], pixels, norm, gamma, c, channels, back);
 }
 
 const char* failure() {  // of the launches so far, or null

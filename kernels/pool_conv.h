@@ -1,6 +1,13 @@
 // The CPU and CUDA kernels as the binding sees them: plain pointers, no torch. NHWC throughout.
 #pragma once
+#include <cmath>
 #include <cstdint>
+
+#ifdef __CUDACC__
+#define EVERYWHERE __host__ __device__ inline
+#else
+#define EVERYWHERE inline
+#endif
 
 namespace pool_conv {
 
@@ -17,6 +24,48 @@ struct Affine {  // gamma and beta: null for 1 and 0
   const float *gamma = nullptr, *beta = nullptr;
   double eps = 0;
 };
+
+// Of some values: how many, their mean, the sum of the squared distances from it
+struct Moment {
+  double count, mean, square;
+  EVERYWHERE void join(const Moment& other) {  // Chan et al. 1979
+    if (other.count == 0) return;
+    const double apart = other.mean - mean, all = count + other.count;
+    square += other.square + apart * apart * count * other.count / all;
+    mean += apart * other.count / all;
+    count = all;
+  }
+};
+
+// Rows of the normalisation of channel c
+EVERYWHERE void write_norm(const Moment& m, const Affine& affine, int64_t c, int64_t channels,
+                           float* norm) {
+  const double variance = m.square < 0 ? 0 : m.square / m.count;  // a NaN stays
+  const double invstd = 1 / sqrt(variance + affine.eps);
+  const double scale = (affine.gamma ? affine.gamma[c] : 1.0) * invstd;
+  const float center = m.mean;
+  const double offset = m.mean - center;
+  norm[CENTER * channels + c] = center;
+  norm[OFFSET * channels + c] = offset;
+  norm[SCALE * channels + c] = scale;
+  norm[SHIFT * channels + c] = (affine.beta ? affine.beta[c] : 0.0) - offset * scale;
+  norm[INVSTD * channels + c] = invstd;
+  norm[VARIANCE * channels + c] = variance;
+}
+
+// Rows of the way back, from the sums of g and of g (y - center) over all pixels
+EVERYWHERE void write_back(double sum, double product, double pixels, const float* norm,
+                           const float* gamma, int64_t c, int64_t channels, float* back) {
+  const double offset = norm[OFFSET * channels + c], invstd = norm[INVSTD * channels + c];
+  product = (product - offset * sum) * invstd;  // of g and the normalised y without gamma, beta
+  const double by_g = (gamma ? gamma[c] : 1.0) * invstd, by_y = -by_g * invstd * product / pixels;
+  back[CENTER * channels + c] = norm[CENTER * channels + c];
+  back[BY_G * channels + c] = by_g;
+  back[BY_Y * channels + c] = by_y;
+  back[BY_1 * channels + c] = -by_g * sum / pixels - by_y * offset;
+  back[GRAD_GAMMA * channels + c] = product;
+  back[GRAD_BETA * channels + c] = sum;
+}
 
 // The gradient of a tensor y: `grad` itself, or by way of a normalisation and a ReLU behind y
 struct GradientOf {

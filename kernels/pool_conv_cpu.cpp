@@ -20,7 +20,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <new>
 #include <vector>
@@ -229,14 +228,14 @@ struct Work {  // of a thread: scratch, and what it will read or write soon
 // y of `count` tiles from `first`, N*W output channels from k0: 36 products, then A^T M A
 template <int C, int N>
 void output_block(const Tiles& tiles, const Shape& s, int64_t k0, int64_t first, int64_t count,
-                  const float* V, const float* U, float* M, float* y, Work& work) {
+                  const float* U, float* y, Work& work) {
   constexpr int R = (W == 16 ? 16 : 12) / N;  // accumulators: as registers allow
   const int64_t channels = C ? C : s.c_in, padded = round_up(channels, W);
   for (int p = 0; p < 36; p++) {
     work.fetch();
     for (int64_t t = 0; t < count; t += R)
-      product<R, N>(V + p * plane(padded) + t * padded, padded, U + p * channels * N * W,
-                    channels, M + p * plane(GROUP) + t * N * W);
+      product<R, N>(work.V + p * plane(padded) + t * padded, padded, U + p * channels * N * W,
+                    channels, work.M + p * plane(GROUP) + t * N * W);
   }
   for (int64_t t = 0; t < count; t++) {
     const auto [image, top, left] = tiles.at(first + t);
@@ -248,7 +247,7 @@ void output_block(const Tiles& tiles, const Shape& s, int64_t k0, int64_t first,
       vec m[36];
       UNROLL for (int j = 0; j < 6; j++) {
         UNROLL for (int i = 0; i < 6; i++)
-          m[6 * i + j] = load(M + (6 * i + j) * plane(GROUP) + (t * N + n) * W);
+          m[6 * i + j] = load(work.M + (6 * i + j) * plane(GROUP) + (t * N + n) * W);
         transform_output(m + j, 6);
       }
       UNROLL for (int i = 0; i < 4; i++) {
@@ -367,8 +366,8 @@ inline void accumulate_rows(const float* V, int64_t ld_v, const float* g, int64_
 
 // work(t, begin, end) for every thread t: its part of 0..count-1, always the same at the same
 // number of threads
-template <typename Work>
-void share(int64_t count, const Work& work) {
+template <typename Part>
+void share(int64_t count, const Part& work) {
   const int64_t threads = at::get_num_threads();
   at::parallel_for(0, threads, 1, [&](int64_t t, int64_t last) {
     for (; t < last; t++) work(t, count * t / threads, count * (t + 1) / threads);
@@ -494,45 +493,23 @@ struct Moments : Sums {
 
   void rows(const Affine& affine, float* norm) {
     for (int64_t c = 0; c < channels; c++) {
-      double count = 0, mean = 0, square = 0;  // joined thread by thread (Chan et al. 1979)
+      Moment all{};
       for (int64_t t = 0; t < threads; t++) {
         if (!pixels[t]) continue;
         const double n = pixels[t], sum = of(t, 0)[c];
-        const double apart = around.data[t * padded + c] + sum / n - mean;
-        square += of(t, 1)[c] - sum * sum / n + apart * apart * count * n / (count + n);
-        count += n;
-        mean += apart * n / count;
+        all.join({n, around.data[t * padded + c] + sum / n, of(t, 1)[c] - sum * sum / n});
       }
-      const double variance = std::max(square / count, 0.0);  // a NaN stays
-      const double invstd = 1 / std::sqrt(variance + affine.eps);
-      const double scale = (affine.gamma ? affine.gamma[c] : 1) * invstd;
-      norm[CENTER * channels + c] = mean;
-      const double offset = mean - norm[CENTER * channels + c];
-      norm[OFFSET * channels + c] = offset;
-      norm[SCALE * channels + c] = scale;
-      norm[SHIFT * channels + c] = (affine.beta ? affine.beta[c] : 0) - offset * scale;
-      norm[INVSTD * channels + c] = invstd;
-      norm[VARIANCE * channels + c] = variance;
+      write_norm(all, affine, c, channels, norm);
     }
   }
 };
 
 // Of sums of g and g (y - center): the rows of the way back through y's normalisation
 void back_rows(Sums& sums, double pixels, const float* norm, const float* gamma, float* back) {
-  const int64_t channels = sums.channels;
-  for (int64_t c = 0; c < channels; c++) {
-    const auto row = [&](int r) { return double(norm[r * channels + c]); };
+  for (int64_t c = 0; c < sums.channels; c++) {
     double sum = 0, product = 0;
     for (int64_t t = 0; t < sums.threads; t++) sum += sums.of(t, 0)[c], product += sums.of(t, 1)[c];
-    product = (product - row(OFFSET) * sum) * row(INVSTD);  // of g and the normalised y
-    const double by_g = (gamma ? gamma[c] : 1) * row(INVSTD);
-    const double by_y = -by_g * row(INVSTD) * product / pixels;
-    back[CENTER * channels + c] = row(CENTER);
-    back[BY_G * channels + c] = by_g;
-    back[BY_Y * channels + c] = by_y;
-    back[BY_1 * channels + c] = -by_g * sum / pixels - by_y * row(OFFSET);
-    back[GRAD_GAMMA * channels + c] = product;
-    back[GRAD_BETA * channels + c] = sum;
+    write_back(sum, product, pixels, norm, gamma, c, sums.channels, back);
   }
 }
 
@@ -561,9 +538,9 @@ void convolve(const Shape& s, const float* x, const float* U, float* y, int64_t 
     for (int64_t k = 0; k < s.c_out; k += GROUP) {
       const float* group = U + k * 36 * s.c_in;
       if (s.c_out - k > W)
-        output_block<C, 2>(tiles, s, k, first, count, work.V, group, work.M, y, work);
+        output_block<C, 2>(tiles, s, k, first, count, group, y, work);
       else
-        output_block<C, 1>(tiles, s, k, first, count, work.V, group, work.M, y, work);
+        output_block<C, 1>(tiles, s, k, first, count, group, y, work);
     }
   }
 }

@@ -94,7 +94,7 @@ def test_block_against_float64(fused, monkeypatch, case):
             assert all(torch.equal(a, b) for a, b in zip(found, again))
 
 
-def test_block_with_a_stride_is_the_reference(fused):
+def test_a_stride_goes_to_the_operator(fused):
     x, weight = torch.randn(3, 16, 9, 8), torch.randn(16, 16, 3, 3)
     y, _ = common.pool_conv2d(x, weight, "stride")
     assert distance(y, F.conv2d(x.double(), weight.double(), stride=2, padding=1)) < 2e-6
