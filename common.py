@@ -2,7 +2,8 @@
 
 Nothing runs on import. A stage script needs this file beside it and nothing else; the folder
 kernels/ makes it faster. In order:
-errors and arguments - data - configurations - network - training - run folder - report and plots.
+errors and arguments - many processes - data - configurations - network - training - run folder -
+report and plots.
 The method: Javan, Toews, Pedersoli, "Balanced Mixture of SuperNets for Learning the CNN Pooling
 Architecture", arXiv:2306.11982; "the paper" below.
 """
@@ -13,6 +14,7 @@ import copy
 import csv
 import ctypes
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -20,18 +22,22 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -51,16 +57,32 @@ class TrainingError(UserError):
     code = 1
 
 
+class Stopped(Exception):
+    """SIGTERM, or another rank is gone: printed as one line, exit code 143."""
+
+
 def run_script(main) -> None:
     """Call `main()`, turning the expected failures into one line on stderr and an exit code."""
+    def stop(*_):
+        raise Stopped
+    signal.signal(signal.SIGTERM, stop)
     try:
+        join_ranks()
         main()
+        return
     except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(getattr(error, "code", 1))
+        code, line = getattr(error, "code", 1), f"error: {' '.join(str(error).split())}"
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues from the last epoch", file=sys.stderr)
-        sys.exit(130)
+        code, line = 130, f"\ninterrupted: {how_to_go_on()}"
+    except Stopped:
+        code, line = 143, f"{why_stopped()}: {how_to_go_on()}"
+    except Exception:  # a mistake of ours
+        code, line = 1, traceback.format_exc()
+    if tell_once():
+        print(line, file=sys.stderr, flush=True)
+    if store:
+        os._exit(code)  # an ordinary exit would wait for the other ranks' messages
+    sys.exit(code)
 
 
 # Defaults of a data set: the paper's protocol; digits is cut down to minutes. Flips change what a
@@ -120,7 +142,10 @@ class Parser(argparse.ArgumentParser):
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1")
         add("--kernel", choices=["auto", "fused", "native"], default="auto",
             help="pooling + convolution; auto: fused (kernels/) on a CPU, native ops on a GPU")
-        add("--threads", type=number(int, 1), default=torch.get_num_threads(), help="of the CPU")
+        add("--amp", choices=["off", "bf16", "fp16"], default="off",
+            help="autocast of the network; scores and batch statistics stay in full precision")
+        add("--threads", type=number(int, 1), default=torch.get_num_threads(),
+            help="of the CPU, for each process")
 
     def error(self, message: str):
         raise UserError(f"{message} (--help explains)")
@@ -132,6 +157,8 @@ class Parser(argparse.ArgumentParser):
         found.epochs = found.epochs or protocol[self.epochs]
         found.batch_size = found.batch_size or protocol["batch_size"]
         torch.set_num_threads(found.threads)
+        if world > 1 and found.device == "cuda":  # several ranks may share a GPU
+            found.device = f"cuda:{local_rank % max(torch.cuda.device_count(), 1)}"
         try:
             torch.empty(1, device=found.device)
         except (RuntimeError, AssertionError) as error:
@@ -166,6 +193,129 @@ def stream(seed: int, *key: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(stream_seed(seed, *key))
 
 
+# --------------------------------------------------------------------------- many processes
+
+# torchrun starts `world` processes and tells each its rank; alone, a process is rank 0 of 1
+rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+local_rank = int(os.environ.get("LOCAL_RANK", 0))
+store = None  # key-value store that the ranks share; it is torchrun's and outlives them
+progress = partial(tqdm, disable=True if rank else None)
+
+
+def join_ranks() -> None:
+    """Join the other ranks, if there are any. All but rank 0 print nothing but errors.
+
+    The backend is gloo on GPUs, too: what is exchanged are small tensors that the CPU needs, and
+    nccl lets no two ranks share a GPU.
+    """
+    global store
+    if world > 1:
+        store, *_ = next(dist.rendezvous("env://"))
+        store.set(f"process {rank}", f"{platform.node()} {os.getpid()}")
+        # only a dead rank ends a wait, and its connection closes
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world,
+                                timeout=timedelta(days=1))
+        if rank:
+            sys.stdout = open(os.devnull, "w")
+
+
+class Gather:
+    """The same small tensor of every rank, stacked: (world, *shape), on the CPU.
+
+    It begins at once and waits for nobody, neither the device nor a rank; `result()` does.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self.own = tensor.to("cpu", non_blocking=True, copy=True)
+        self.copied = torch.cuda.current_stream(tensor.device).record_event() \
+            if tensor.is_cuda else None
+        self.all = [torch.empty_like(self.own) for _ in range(world)]
+        self.work = None if self.copied else self._send()
+
+    def _send(self):
+        return dist.all_gather(self.all, self.own, async_op=True) if store else None
+
+    def result(self) -> torch.Tensor:
+        if self.copied:
+            self.copied.synchronize()
+            self.work = self._send()
+        if not store:
+            return self.own[None]
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            raise Stopped from error
+        return torch.stack(self.all)
+
+
+def barrier() -> None:
+    Gather(torch.zeros(1)).result()
+
+
+def collect(content) -> list | None:
+    """The content (what torch.save takes) of every rank on rank 0, tensors on the CPU."""
+    buffer, found = io.BytesIO(), [None] * world
+    torch.save(content, buffer)
+    if store:
+        barrier()  # here a dead rank is noticed
+        dist.gather_object(buffer.getvalue(), found if rank == 0 else None)
+    else:
+        found = [buffer.getvalue()]
+    return None if rank else [torch.load(io.BytesIO(part), map_location="cpu", weights_only=True)
+                              for part in found]
+
+
+@contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Rank 0 does it before the others: it may download, build or write what they only read."""
+    if rank:
+        barrier()
+    yield
+    if not rank:
+        barrier()
+
+
+def deal(items: list) -> Iterator:
+    """The items in turn; each goes to the rank that asks first, so that none waits for another."""
+    if not store:
+        yield from items
+        return
+    while (i := store.add("dealt", 1)) <= len(items):
+        yield items[i - 1]
+
+
+def tell_once() -> bool:
+    """Whether this rank is the first with an error, which is what the user should read."""
+    try:
+        return not store or store.add("told", 1) == 1
+    except RuntimeError:  # torchrun itself is gone
+        return True
+
+
+def why_stopped() -> str:
+    """Which rank of this machine is gone, if it is that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun is about to send it
+    time.sleep(0.5)  # until then torchrun has noticed, too
+    for other in range(world if store else 0):
+        try:
+            node, pid = store.get(f"process {other}").decode().rsplit(" ", 1)
+            if node == platform.node():
+                os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return f"error: rank {other} (process {pid}) has died"
+        except RuntimeError:
+            return "error: torchrun has died"
+    return "stopped"
+
+
+def how_to_go_on() -> str:
+    found = sorted(Run.folder.glob("checkpoint*.pt"), key=os.path.getmtime) if Run.folder else []
+    if not found:
+        return "there is no checkpoint yet"
+    epoch = torch.load(found[-1], map_location="cpu", weights_only=True)["epoch"]
+    return f"the same command continues from {found[-1]}, epoch {epoch}"
+
+
 # ------------------------------------------------------------------------------------- data
 
 @dataclass(frozen=True)
@@ -186,37 +336,46 @@ class Images:
         index = torch.as_tensor(index, device=self.labels.device)
         return replace(self, images=self.images[index], labels=self.labels[index])
 
-    def batch(self, index: torch.Tensor, rng: torch.Generator | None = None):
+    def batch(self, index: torch.Tensor, crops: torch.Tensor | None = None):
         """Normalised images, float32 (B,3,H,W) in channels_last memory, and labels (B,).
 
-        With `rng` the images are augmented: random crop from a border of H/8 zeros (4 at 32x32,
-        as in the paper) and, where the data set allows, a horizontal flip.
+        index: int64 (B,); crops: for augmented images the rows of `draw_crops` (B,3).
         """
-        index = index.to(self.labels.device)
         images = self.images[index]
-        if rng is not None:
-            pad = images.shape[1] // 8
-            offsets = torch.randint(0, 2 * pad + 1, (len(index), 2), generator=rng)
-            flips = torch.rand(len(index), generator=rng) < (0.5 if self.flip else 0.0)
-            images = crop_and_flip(images, offsets.to(index.device), flips.to(index.device), pad)
+        if crops is not None:
+            images = crop_and_flip(images, crops[:, :2], crops[:, 2] > 0, images.shape[1] // 8)
         # whole rows at once: with an innermost dimension of 3, torch is 6 times slower
         mean, std = (value.repeat(images.shape[2]) for value in (self.mean, self.std))
         images = ((images.flatten(2) - mean) / std).view(images.shape)
         return images.permute(0, 3, 1, 2), self.labels[index]  # NHWC seen as NCHW: channels_last
 
+    def draw_crops(self, count: int, rng: torch.Generator) -> torch.Tensor:
+        """Where to crop from a border of H/8 zeros (4 at 32x32, as in the paper), and whether to
+        flip: int64 (count,3): top, left, flip."""
+        pad = self.images.shape[1] // 8
+        places = torch.randint(0, 2 * pad + 1, (count, 2), generator=rng)
+        flips = torch.rand(count, 1, generator=rng) < (0.5 if self.flip else 0.0)
+        return torch.cat([places, flips], 1)
+
+    def passes(self, batch_size: int, rng: torch.Generator, augment: bool) -> Iterator:
+        """Batches without end: pass after pass over all images, each in a new random order and cut
+        into ceil(N / batch_size) batches of near-equal size. What is random is drawn and moved to
+        the device once a pass, so that no batch makes the CPU wait for the device."""
+        count, device = len(self), self.labels.device
+        parts = math.ceil(count / batch_size)
+        while True:
+            index = torch.randperm(count, generator=rng).to(device).tensor_split(parts)
+            crops = self.draw_crops(count, rng).to(device).tensor_split(parts) \
+                if augment else [None] * parts
+            yield from map(self.batch, index, crops)
+
     def evaluation_batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches that cover every image once, always the same for the same N: shuffled and of
         near-equal size, since supernets normalise with the statistics of the batch, and a
         class-sorted batch or a last one of three images would falsify them."""
-        batches = shuffled_batches(len(self), batch_size, stream(0, "evaluation"))
-        for index in tqdm(batches, "evaluating", disable=None, leave=False):
-            yield self.batch(index)
-
-
-def shuffled_batches(count: int, batch_size: int, rng: torch.Generator) -> list[torch.Tensor]:
-    """0..count-1 in random order, cut into ceil(count / batch_size) batches of near-equal size."""
-    order = torch.randperm(count, generator=rng)
-    return list(order.tensor_split(math.ceil(count / batch_size)))
+        batches = self.passes(batch_size, stream(0, "evaluation"), augment=False)
+        for _ in progress(range(math.ceil(len(self) / batch_size)), "evaluating", leave=False):
+            yield next(batches)
 
 
 def crop_and_flip(images: torch.Tensor, offsets: torch.Tensor, flips: torch.Tensor,
@@ -239,15 +398,16 @@ def crop_and_flip(images: torch.Tensor, offsets: torch.Tensor, flips: torch.Tens
 def load_dataset(args: argparse.Namespace) -> tuple[Images, Images]:
     """(train, test) of --dataset on --device, resampled to --image-size, cut to --num-train."""
     name, data_dir = args.dataset, Path(args.data_dir)
-    if name == "digits":
-        arrays = _read_digits()
-    elif name in PROTOCOLS:
-        arrays = _cached(data_dir / f"{name}.npz", lambda: _read_torchvision(name, data_dir))
-    elif Path(name).is_dir():
-        arrays = _read_folder(Path(name).resolve(), args.image_size or 32)
-    else:
-        raise UserError(f"unknown data set {name!r}: choose {', '.join(PROTOCOLS)}, or give a "
-                        "folder that holds train/<class>/ and test/<class>/")
+    with rank_0_first():
+        if name == "digits":
+            arrays = _read_digits()
+        elif name in PROTOCOLS:
+            arrays = _cached(data_dir / f"{name}.npz", lambda: _read_torchvision(name, data_dir))
+        elif Path(name).is_dir():
+            arrays = _read_folder(Path(name).resolve(), args.image_size or 32)
+        else:
+            raise UserError(f"unknown data set {name!r}: choose {', '.join(PROTOCOLS)}, or give a "
+                            "folder that holds train/<class>/ and test/<class>/")
     classes = int(arrays["train_labels"].max()) + 1
     if classes < 2:
         raise UserError(f"{name}: there is only one class, a classifier needs two")
@@ -374,7 +534,7 @@ def _read_folder(folder: Path, size: int) -> dict[str, np.ndarray]:
                 raise UserError(f"{folder}: train/ and test/ must hold the same two or more "
                                 f"classes; {part}/ holds {', '.join(found.classes)}")
             images = np.empty((len(found), size, size, 3), np.uint8)
-            for i, (path, _) in enumerate(tqdm(found.samples, f"reading {part}", disable=None)):
+            for i, (path, _) in enumerate(progress(found.samples, f"reading {part}")):
                 try:
                     image = Image.open(path).convert("RGB")
                 except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
@@ -470,6 +630,29 @@ def choose_kernel(kernel: str, device: str) -> str:
         return "native"
     fused = kernels
     return "fused"
+
+
+precision: torch.dtype | None = None  # what --amp asks for
+
+
+def autocast(device: torch.device | str):
+    """The context of a forward pass: what --amp asks for."""
+    return torch.autocast(torch.device(device).type, precision or torch.bfloat16,
+                          enabled=precision is not None)
+
+
+def use_device(args: argparse.Namespace) -> None:
+    """Apply --kernel and --amp and let the device be fast."""
+    global precision
+    with rank_0_first():
+        args.kernel = choose_kernel(args.kernel, args.device)
+    precision = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    keep_freed_memory()
+    if "cuda" in args.device:
+        # Tries every algorithm once a shape: ResNet-20 has 22 convolutions of different shape over
+        # its 36 configurations, each with two batch sizes (near-equal) and three passes.
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # cudnn's convolutions: by default
 
 
 def keep_freed_memory() -> None:
@@ -616,12 +799,14 @@ def evaluate_configs(network: nn.Module, configs: list[Config],
     walked as a tree of shared prefixes: 2.03x fewer multiply-adds for the 36 of ResNet-20. Exact:
     every layer sees the very inputs it would see in a pass of its own, batch statistics included.
     """
-    correct, count = torch.zeros(len(configs), dtype=torch.float64), 0
+    correct, count = [0] * len(configs), 0
     downsampling = [downsampling_layers(config) for config in configs]
 
     def walk(x: torch.Tensor, depth: int, members: list[int]):
         if depth == len(network.layers):
-            correct[members] += (network.head(x).argmax(1) == labels).sum().item()
+            hits = (network.head(x).argmax(1) == labels).sum()  # stays on the device
+            for i in members:
+                correct[i] = hits + correct[i]
             return
         for downsample in ("none", "maxpool"):
             group = [i for i in members
@@ -630,31 +815,67 @@ def evaluate_configs(network: nn.Module, configs: list[Config],
                 walk(network.layers[depth](x, downsample), depth + 1, group)
 
     for images, labels in batches:
-        walk(images, 0, list(range(len(configs))))
+        with autocast(images.device):
+            walk(images, 0, list(range(len(configs))))
         count += len(labels)
-    return correct / count
+    return torch.stack(correct).cpu().double() / count
 
 
 # --------------------------------------------------------------------------------- training
 
-def train_step(network: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor,
-               labels: torch.Tensor, config: Config, where: str) -> tuple[float, float]:
-    """One SGD step; (loss, accuracy) of the batch. TrainingError, naming `where`, and weights as
-    they were, if the loss is not finite."""
-    logits = network(images, config)
-    loss = F.cross_entropy(logits, labels)
-    value = loss.item()
-    if not math.isfinite(value):
-        raise TrainingError(f"the loss is {value} at {where}; the checkpoint of the last epoch is "
-                            "kept; a smaller learning rate usually helps")
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    return value, accuracy(logits, labels)
+class Learner:
+    """A network that learns: with its SGD and, for --amp fp16, its gradient scaler."""
+
+    def __init__(self, network: nn.Module, args: argparse.Namespace):
+        self.network, scaled = network, args.amp == "fp16"
+        # fused: the scaler's check for infinities stays on the device
+        self.optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=args.momentum,
+                                         weight_decay=args.weight_decay, fused=scaled)
+        self.scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=scaled)
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor, config: Config,
+             lr: float) -> torch.Tensor:
+        """One SGD step; loss and accuracy of the batch, float64 (2,), left on the device."""
+        self.optimizer.param_groups[0]["lr"] = lr
+        with autocast(images.device):
+            logits = self.network(images, config)
+            loss = F.cross_entropy(logits, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return torch.stack([loss.detach().double(), accuracy(logits, labels)])
+
+    @torch.inference_mode()
+    def check(self, images: torch.Tensor, labels: torch.Tensor, config: Config) -> torch.Tensor:
+        """Accuracy of the batch without learning, float64 (), left on the device."""
+        with autocast(images.device):
+            return accuracy(self.network(images, config), labels)
+
+    def state_dict(self) -> dict:
+        return {name: part.state_dict() for name, part in vars(self).items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, part in vars(self).items():
+            part.load_state_dict(state[name])
 
 
-def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    return (logits.argmax(1) == labels).float().mean().item()
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return (logits.argmax(1) == labels).double().mean()
+
+
+def read_steps(steps: list[tuple[str, torch.Tensor]]) -> torch.Tensor:
+    """What an epoch's steps left on the device, as rows on the CPU: (steps, numbers of a step).
+
+    steps: (where, numbers) with the loss first. TrainingError naming the first step whose loss is
+    not finite.
+    """
+    values = torch.stack([numbers for _, numbers in steps]).cpu()
+    for (where, _), loss in zip(steps, values[:, 0].tolist()):
+        if not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss} at {where}; the checkpoint of the last epoch "
+                                "is kept; a smaller learning rate usually helps")
+    return values
 
 
 def cosine(first: float, last: float, epoch: int, epochs: int) -> float:
@@ -662,20 +883,19 @@ def cosine(first: float, last: float, epoch: int, epochs: int) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
-def expected_time(network: nn.Module, images: Images, batch_size: int, training_macs: float,
+def expected_time(learner: Learner, images: Images, batch_size: int, training_macs: float,
                   forward_macs: float) -> timedelta:
     """Time for the multiply-adds of so many training steps (their forward passes counted, the
     backward ones implied) and plain forward passes, at the speed of one step of a throw-away copy.
     """
-    probe, config = copy.deepcopy(network).train(), network.default_config
-    x, labels = images.batch(torch.arange(min(batch_size, len(images))))
+    probe, config = copy.deepcopy(learner), learner.network.default_config
+    x, labels = next(images.passes(batch_size, stream(0), augment=False))
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        F.cross_entropy(probe(x, config), labels).backward()
-        probe.classifier.weight.grad.sum().item()  # waits for the device
+        probe.step(x, labels, config, 0.0).tolist()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    speed = min(seconds) / (len(x) * count_macs(network, config, x.shape[2]))
+    speed = min(seconds) / (len(x) * count_macs(probe.network, config, x.shape[2])) / world
     return timedelta(seconds=round(speed * (training_macs + forward_macs / 3)))
 
 
@@ -686,71 +906,68 @@ def train_stand_alone(run: Run, args: argparse.Namespace, train: Images, test: I
                       pairs: list[tuple[Config, int]]) -> list[dict]:
     """Stages 1 and 3: train a network of its own for every (configuration, seed), and write each
     finished one to results.csv at once. Finished pairs are skipped, an interrupted one continues.
+    Returns the rows of results.csv when all ranks are done.
 
     Protocol (paper): SGD, learning rate x0.1 at 40, 60, 80 and 90 % of the epochs, the accuracy
-    of the last epoch on the test images. Returns the rows of results.csv.
+    of the last epoch on the test images.
     """
     path = run.folder / "results.csv"
-    rows = read_results(path) if path.exists() else []
-    finished = {(row["config"], int(row["seed"])) for row in rows}
-    pairs = [pair for pair in pairs if (config_name(pair[0]), pair[1]) not in finished]
-    if not pairs:
-        return rows
-    probe = make_network(args, train.num_classes, False)
-    macs = {config: count_macs(probe, config, train.images.shape[1]) for config, _ in pairs}
-    total = sum(macs[config] for config, _ in pairs)
-    expected = expected_time(probe, train, args.batch_size, total * len(train) * args.epochs,
-                             total * len(test))
-    print(f"{len(finished)} finished, {len(pairs)} to train; expected time {expected}", flush=True)
-    steps = math.ceil(len(train) / args.batch_size)
-    gauge = Gauge(args.device)
-    bar = tqdm(total=len(pairs) * args.epochs * steps, disable=None, unit="step")
-    for config, seed in pairs:
+
+    def finished() -> set:
+        rows = read_results(path) if path.exists() else []
+        return {(row["config"], row["seed"]) for row in rows}
+
+    done, steps = finished(), math.ceil(len(train) / args.batch_size)
+    todo = [pair for pair in pairs if (config_name(pair[0]), pair[1]) not in done]
+    if todo:
+        probe, size = make_network(args, train.num_classes, False), train.images.shape[1]
+        macs = {config: count_macs(probe, config, size) for config, _ in pairs}
+        total = sum(macs[config] for config, _ in todo)
+        expected = expected_time(Learner(probe, args), train, args.batch_size,
+                                 total * len(train) * args.epochs, total * len(test))
+        print(f"{len(pairs) - len(todo)} finished, {len(todo)} to train; expected time {expected}",
+              flush=True)
+        gauge = Gauge(args.device)
+    bar = progress(total=len(todo) * args.epochs * steps, unit="step")
+    for config, seed in deal(pairs):  # the same list on every rank, however far the others are
         name, checkpoint = config_name(config), f"checkpoint-{config_name(config)}-{seed}.pt"
-        network = make_network(args, train.num_classes, False, seed)
-        optimizer = torch.optim.SGD(network.parameters(), lr=args.lr, momentum=args.momentum,
-                                    weight_decay=args.weight_decay)
+        if (name, seed) in finished():
+            continue
+        learner = Learner(make_network(args, train.num_classes, False, seed), args)
         state, start = run.load(checkpoint), 0
         if state:
-            network.load_state_dict(state["network"])
-            optimizer.load_state_dict(state["optimizer"])
-            start = state["epoch"]
+            learner.load_state_dict(state["learner"])
+            start, loss, correct = (state[key] for key in ("epoch", "loss", "correct"))
         run.trim_log(lambda line: (line["config"], line["seed"]) != (name, seed)
                      or line["epoch"] <= start)
         bar.update(start * steps)
         for epoch in range(start, args.epochs):
-            loss, correct = 0.0, 0.0
             gauge.restart()
             passed = sum(epoch >= part * args.epochs for part in (0.4, 0.6, 0.8, 0.9))
-            lr = args.lr * 0.1 ** passed
-            optimizer.param_groups[0]["lr"] = lr
-            rng = stream(seed, "batches", epoch)
-            for step, index in enumerate(shuffled_batches(len(train), args.batch_size, rng)):
-                images, labels = train.batch(index, rng)
+            lr, record, sizes = args.lr * 0.1 ** passed, [], []
+            batches = train.passes(args.batch_size, stream(seed, "batches", epoch), augment=True)
+            learner.network.train()
+            for step, (images, labels) in zip(range(steps), batches):
                 where = f"epoch {epoch + 1}, step {step + 1}, configuration {name}, seed {seed}"
-                batch = train_step(network.train(), optimizer, images, labels, config, where)
-                loss, correct = (a + b * len(index) / len(train)
-                                 for a, b in zip((loss, correct), batch))
-                gauge.macs += 3 * macs[config] * len(index)
-                bar.set_postfix_str(f"{name} seed {seed}, train accuracy {batch[1]:.3f}, "
-                                    f"utilisation {gauge.utilisation:.2f}", False)
-                bar.update()
-            run.log(config=name, seed=seed, epoch=epoch + 1, **gauge.epoch(len(train)),
-                    train_loss=loss, train_accuracy=correct, lr=lr)
-            run.save(checkpoint, {"epoch": epoch + 1, "network": network.state_dict(),
-                                  "optimizer": optimizer.state_dict(), "loss": loss,
-                                  "correct": correct})
-        if start == args.epochs:  # killed between the last epoch and its row
-            loss, correct = state["loss"], state["correct"]
-        result = evaluate_configs(network.eval(), [config],
+                record.append((where, learner.step(images, labels, config, lr)))
+                sizes.append(len(labels))
+                gauge.macs += 3 * macs[config] * len(labels)
+                bar.update(world)  # on rank 0; the others are about as fast
+            weights = torch.tensor(sizes, dtype=torch.float64) / len(train)
+            loss, correct = (weights @ read_steps(record)).tolist()
+            line = dict(config=name, seed=seed, epoch=epoch + 1, **gauge.epoch(len(train)),
+                        train_loss=loss, train_accuracy=correct, lr=lr)
+            bar.set_postfix_str(f"{name} seed {seed}, train accuracy {correct:.3f}, "
+                                f"utilisation {line['utilisation']:.2f}")
+            run.log(**line)
+            run.save(checkpoint, {"epoch": epoch + 1, "learner": learner.state_dict(),
+                                  "loss": loss, "correct": correct})
+        result = evaluate_configs(learner.network.eval(), [config],
                                   test.evaluation_batches(args.batch_size)).item()
-        rows.append(dict(zip(RESULT_COLUMNS, (name, seed, result, correct, loss))))
-        with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, RESULT_COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        run.add_row(dict(zip(RESULT_COLUMNS, (name, seed, result, correct, loss))))
         (run.folder / checkpoint).unlink()
     bar.close()
+    barrier()
     report_speed(run)
     return read_results(path)
 
@@ -806,14 +1023,22 @@ class Run:
     not_compared = {"out", "overwrite", "data_dir", "device", "threads", "ground_truth",
                     "rank_every", "configs", "config", "seeds", "source"}
     files = ("config.json", "log.jsonl", "result.json", "results.csv", "supernets.pt",
-             "checkpoint*.pt", "*.png", "tmp-*")
+             "checkpoint*.pt", "*.png", "tmp-*", "lock")
+
+    folder: Path | None = None
 
     def __init__(self, stage: str, args: argparse.Namespace):
-        args.kernel = choose_kernel(args.kernel, args.device)
-        keep_freed_memory()
-        self.folder = Path(args.out or f"runs/{stage}-{Path(args.dataset).name}")
+        use_device(args)
+        self.folder = Run.folder = Path(args.out or f"runs/{stage}-{Path(args.dataset).name}")
         settings = {"stage": stage} | {k: v for k, v in vars(args).items()
                                        if k not in self.not_compared}
+        with rank_0_first():
+            if rank == 0:
+                self._open(settings, args)
+
+    def _open(self, settings: dict, args: argparse.Namespace) -> None:
+        # torchrun may restart what has died, with the same arguments: only the first is anew
+        overwrite = args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         known = self.load("config.json")
         if known is not None and not args.overwrite:
             before = known.get("settings", {})
@@ -825,18 +1050,27 @@ class Run:
                                 f"({'; '.join(differing)}): choose another --out, or --overwrite")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if args.overwrite:
+            if overwrite:
                 for path in itertools.chain(*(self.folder.glob(name) for name in self.files)):
                     path.unlink()
             self.save("config.json", {"settings": settings} | _environment(args))
         except OSError as error:
             raise UserError(f"--out {self.folder} is not writable: {error}") from error
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One rank at a time changes a file that all write; the kernel unlocks it for the dead."""
+        import fcntl
+        with open(self.folder / "lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
     def save(self, name: str, content) -> None:
         """Write `content` as JSON or, for *.pt, with torch.save."""
         with replacing(self.folder / name) as temporary:
             if name.endswith(".pt"):
-                torch.save(content, temporary)
+                with open(temporary, "wb") as file:  # given a path, its name would be in the file
+                    torch.save(content, file)
             else:
                 temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
@@ -855,7 +1089,7 @@ class Run:
 
     def log(self, **line) -> None:
         """Append a line to log.jsonl; print its numbers where no progress bar is seen."""
-        with open(self.folder / "log.jsonl", "a") as file:
+        with self.locked(), open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         if not sys.stderr.isatty():
             print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
@@ -869,9 +1103,20 @@ class Run:
 
     def trim_log(self, keep) -> None:
         """Drop the lines of epochs that the checkpoint does not hold and that will come again."""
-        lines = [line for line in self.read_log() if keep(line)]
-        with replacing(self.folder / "log.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with self.locked(), replacing(self.folder / "log.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n"
+                                         for line in self.read_log() if keep(line)))
+
+    def add_row(self, row: dict) -> None:
+        """Add a row to results.csv, sorted by seed and configuration, whoever was first."""
+        path = self.folder / "results.csv"
+        with self.locked():
+            rows = [*(read_results(path) if path.exists() else []), row]
+            rows.sort(key=lambda row: (row["seed"], parse_config(row["config"])))
+            with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+                writer = csv.DictWriter(file, RESULT_COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
 
 
 def read_json(path: Path) -> dict:
@@ -892,7 +1137,7 @@ def _environment(args: argparse.Namespace) -> dict:
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     return {"command": " ".join(sys.argv), "data_dir": args.data_dir, "device": args.device,
             "device_name": torch.cuda.get_device_name(args.device) if "cuda" in args.device
-            else cpu[1] if cpu else platform.machine(), "threads": args.threads,
+            else cpu[1] if cpu else platform.machine(), "threads": args.threads, "ranks": world,
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__},
             "git": git.stdout.strip() if git and git.returncode == 0 else None}
@@ -939,7 +1184,9 @@ def rank_metrics(accuracies: dict[str, float], truth: dict[str, float]) -> dict[
 
 def finish_search(run: Run, configs: list[Config], accuracies: torch.Tensor, owners: list[int],
                   macs: list[int]) -> None:
-    """Write result.json: the ranking, best first; ties keep the paper's order."""
+    """Rank 0 writes result.json: the ranking, best first; ties keep the paper's order."""
+    if rank:
+        return
     ranking = [{"config": config_name(config), "accuracy": float(a), "supernet": m, "macs": count}
                for config, a, m, count in zip(configs, accuracies, owners, macs)]
     ranking.sort(key=lambda entry: -entry["accuracy"])
@@ -948,6 +1195,8 @@ def finish_search(run: Run, configs: list[Config], accuracies: torch.Tensor, own
 
 def report_search(run: Run, args: argparse.Namespace, truth: dict[str, float] | None) -> None:
     """Print the best ten, the default and the worst, draw the plots, say what comes next."""
+    if rank:
+        return
     result = run.load("result.json")
     ranking = result["ranking"]
     scores = {entry["config"]: entry["accuracy"] for entry in ranking}
@@ -959,9 +1208,9 @@ def report_search(run: Run, args: argparse.Namespace, truth: dict[str, float] | 
     default = config_name(ResNet20.default_config)
     print(f"\n{'rank':>4}  {'configuration':13}  {'accuracy':>8}  supernet  Mmult-adds"
           + ("  ground truth" if truth else ""))
-    for rank, entry in enumerate(ranking, 1):
-        if rank <= 10 or rank == len(ranking) or entry["config"] == default:
-            print(f"{rank:4}  {entry['config']:13}  {entry['accuracy']:8.4f}  "
+    for place, entry in enumerate(ranking, 1):
+        if place <= 10 or place == len(ranking) or entry["config"] == default:
+            print(f"{place:4}  {entry['config']:13}  {entry['accuracy']:8.4f}  "
                   f"{entry['supernet']:8}  {entry['macs'] / 1e6:10.1f}"
                   + (f"  {truth[entry['config']]:12.4f}" if truth else "")
                   + ("  default" if entry["config"] == default else ""))

@@ -2,6 +2,7 @@
 
     python retrain.py --from runs/mixture-cifar10    # the pick of a search
     python retrain.py --config 5,3,2 --dataset cifar10 --seeds 3
+    torchrun --nproc-per-node=6 retrain.py --from runs/mixture-cifar10
 
 --from takes the data settings and --width over from the search, unless they are given here.
 Writes runs/retrain-<dataset>/: config.json, results.csv (a row a finished network), log.jsonl (a
@@ -13,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 
 from common import (Parser, ResNet20, Run, UserError, config_name, count_macs, load_dataset,
-                    make_network, number, parse_config, read_json, run_script, spread,
+                    make_network, number, parse_config, rank, read_json, run_script, spread,
                     train_stand_alone)
 
 
@@ -56,6 +57,8 @@ def main() -> None:
     seeds = range(args.seed, args.seed + args.seeds)
     rows = train_stand_alone(run, args, train, test,
                              [(config, seed) for seed in seeds for config in configs])
+    if rank:
+        return  # rank 0 reports
 
     network = make_network(args, train.num_classes, False, args.seed)
     summary = {}

@@ -2,26 +2,32 @@
 
     python search_mixture.py                                       # embedded digits, minutes
     python search_mixture.py --dataset cifar10 --num-supernets 4   # the paper's protocol
+    torchrun --nproc-per-node=4 search_mixture.py --dataset cifar10 --num-supernets 4
 
 M supernets train side by side. An assignment P(m|c), learned from validation accuracies and kept
 balanced so that no supernet starves, leads each configuration to a supernet whose weights suit it.
-An epoch is one pass of every supernet over the training half: M supernets cost M times one.
+An epoch is one pass of every supernet over the training half: M supernets cost M times one. Under
+torchrun each rank owns an equal part of the supernets and exchanges nothing but scores.
 
 Writes runs/mixture-<dataset>/: config.json, log.jsonl (a line an epoch), checkpoint.pt,
 supernets.pt (the weights), result.json (the ranking and the pick), ranking.png, assignment.png.
-The same command continues a stopped run.
+The same command, with any number of ranks, continues a stopped run.
 Source: arXiv:2306.11982, section 3 (the mixture and its balance).
 """
 import math
 
 import torch
-from tqdm import tqdm
 
-from common import (Config, Gauge, Images, Parser, ResNet20, Run, UserError, accuracy, config_name,
-                    cosine, count_macs, enumerate_configs, evaluate_configs, expected_time,
-                    finish_search, load_dataset, make_network, number, rank_metrics,
-                    read_ground_truth, report_search, run_script, save_figure, shuffled_batches,
-                    split_for_search, stream, train_step)
+from common import (Config, Gather, Gauge, Images, Learner, Parser, ResNet20, Run, UserError,
+                    collect, config_name, cosine, count_macs, enumerate_configs, evaluate_configs,
+                    expected_time, finish_search, load_dataset, make_network, number, progress,
+                    rank, rank_metrics, read_ground_truth, read_steps, report_search, run_script,
+                    save_figure, split_for_search, stream, world)
+
+# Rounds between two exchanges of scores. The draws of an interval use the scores that were known
+# when the one before it began, so they are 8 to 16 rounds old (of 196 in an epoch of CIFAR-10), and
+# a rank waits for another only where that is a whole interval behind.
+INTERVAL = 8
 
 
 def arguments():
@@ -67,43 +73,52 @@ def assign(scores: torch.Tensor, temperature: float, args) -> torch.Tensor:
     return torch.softmax(temperature * scores, 1)
 
 
-def draw_round(assignment: torch.Tensor, balanced: bool,
-               rngs: list[torch.Generator]) -> list[tuple[int, int]]:
-    """M draws (c, m) from P(c) P(m|c), with uniform P(c); rngs: a stream per supernet.
+def draw_rounds(assignment: torch.Tensor, rounds: int, balanced: bool,
+                rngs: list[torch.Generator]) -> list[tuple[int, int]]:
+    """M draws (c, m) a round from P(c) P(m|c), with uniform P(c); rngs: a stream per supernet.
 
-    Balanced: every supernet m once, on c ~ P(c|m) = P(m|c) / sum_c' P(m|c'). Since P(m) is
+    Balanced: every supernet m once a round, on c ~ P(c|m) = P(m|c) / sum_c' P(m|c'). Since P(m) is
     uniform this is the paper's joint distribution, stratified over m. Otherwise the paper's order:
     c uniformly, then m ~ P(m|c).
     """
     configs, supernets = assignment.shape
     if balanced:
-        return [(torch.multinomial(assignment[:, m], 1, generator=rngs[m]).item(), m)
-                for m in range(supernets)]
-    drawn = torch.randint(configs, (supernets,), generator=rngs[0]).tolist()
-    return [(c, torch.multinomial(assignment[c], 1, generator=rngs[0]).item()) for c in drawn]
+        drawn = [torch.multinomial(column, rounds, replacement=True, generator=rng).tolist()
+                 for column, rng in zip(assignment.T, rngs)]
+        return [(c, m) for draws in zip(*drawn) for m, c in enumerate(draws)]
+    drawn = torch.randint(configs, (rounds * supernets,), generator=rngs[0])
+    owners = torch.multinomial(assignment[drawn], 1, generator=rngs[0]).flatten()
+    return list(zip(drawn.tolist(), owners.tolist()))
 
 
-def update_score(scores: torch.Tensor, c: int, m: int, value: float, decay: float) -> None:
-    """W[c,m] <- d W[c,m] + (1-d) a, in place."""
+def update_score(scores: torch.Tensor, c: int, m: int, value: torch.Tensor, decay: float) -> None:
+    """W[c,m] <- d W[c,m] + (1-d) a, in place, on the device."""
     scores[c, m] = decay * scores[c, m] + (1 - decay) * value
 
 
-def endless_batches(images: Images, batch_size: int, rng: torch.Generator):
-    while True:
-        yield from shuffled_batches(len(images), batch_size, rng)
+def search_step(learner: Learner, training, checking, config: Config, lr: float) -> torch.Tensor:
+    """A training step and the accuracy a on a validation batch (paper, section 3): float64 (3,),
+    loss, training accuracy, a. Nothing in it waits for the device."""
+    trained = learner.step(*next(training), config, lr)
+    return torch.cat([trained, learner.check(*next(checking), config)[None]])
 
 
-def rank(supernets, assignment: torch.Tensor, configs: list[Config], validation: Images,
-         batch_size: int) -> tuple[torch.Tensor, list[int]]:
+def merge(gathered: Gather) -> torch.Tensor:
+    """The ranks' columns of W side by side: float64 (C,M) on the CPU."""
+    return torch.cat(tuple(gathered.result()), 1)
+
+
+def evaluate_owned(learners: dict[int, Learner], assignment: torch.Tensor, configs: list[Config],
+                   validation: Images, batch_size: int) -> tuple[torch.Tensor, list[int]]:
     """Accuracy of every configuration on its own supernet, argmax_m P(m|c), and that supernet."""
     owners = assignment.argmax(1)
     accuracies = torch.zeros(len(configs), dtype=torch.float64)
-    for m, supernet in enumerate(supernets):
+    for m, learner in learners.items():
         owned = (owners == m).nonzero().flatten().tolist()
         if owned:
-            accuracies[owned] = evaluate_configs(supernet, [configs[c] for c in owned],
+            accuracies[owned] = evaluate_configs(learner.network, [configs[c] for c in owned],
                                                  validation.evaluation_batches(batch_size))
-    return accuracies, owners.tolist()
+    return Gather(accuracies).result().sum(0), owners.tolist()
 
 
 def plot_assignment(run: Run, configs: list[Config]) -> None:
@@ -130,94 +145,98 @@ def main() -> None:
     classes, size = train.num_classes, train.images.shape[1]
     train, validation = split_for_search(train, args)
     truth = read_ground_truth(args.ground_truth, configs)
+    if count % world:
+        raise UserError(f"{world} ranks cannot share --num-supernets {count} equally: start a "
+                        "number of processes that divides it")
     run = Run("mixture", args)
     if run.load("result.json"):
         return report_search(run, args, truth)
 
-    supernets = [make_network(args, classes, True, m) for m in range(count)]
-    optimizers = [torch.optim.SGD(supernet.parameters(), lr=args.lr[0], momentum=args.momentum,
-                                  weight_decay=args.weight_decay) for supernet in supernets]
-    scores = torch.ones(len(configs), count, dtype=torch.float64)
+    own = range(rank * count // world, (rank + 1) * count // world)  # this rank's supernets
+    learners = {m: Learner(make_network(args, classes, True, m), args) for m in own}
     start, state = 0, run.load("checkpoint.pt")
+    merged = torch.ones(len(configs), count, dtype=torch.float64)  # W of all ranks
     if state:
-        start, scores = state["epoch"], state["scores"]
-        for m in range(count):
-            supernets[m].load_state_dict(state["supernets"][m])
-            optimizers[m].load_state_dict(state["optimizers"][m])
-    run.trim_log(lambda line: line["epoch"] <= start)
+        start, merged = state["epoch"], state["scores"]
+        for m in own:
+            learners[m].load_state_dict(state["learners"][m])
+    del state
+    scores = merged[:, own.start:own.stop].to(args.device, copy=True)  # this rank's columns of W
+    if rank == 0:
+        run.trim_log(lambda line: line["epoch"] <= start)
 
-    macs = [count_macs(supernets[0], config, size) for config in configs]
+    network = learners[own.start].network
+    macs = [count_macs(network, config, size) for config in configs]
     rounds = math.ceil(len(train) / args.batch_size)
     snapshots = {round(1 + part * (args.epochs - 1) / 5) for part in range(6)}
     mean_macs, passes = sum(macs) / len(macs), (args.epochs - start) * count * len(train)
-    expected = expected_time(supernets[0], train, args.batch_size, mean_macs * passes,
+    expected = expected_time(learners[own.start], train, args.batch_size, mean_macs * passes,
                              mean_macs * (passes + len(configs) * len(validation)))
     print(f"mixture of {count} supernets on {args.dataset}: {len(train)} training and "
           f"{len(validation)} validation images {size}x{size}, {classes} classes; {len(configs)} "
-          f"configurations; {sum(p.numel() for p in supernets[0].parameters()):,} parameters a "
-          f"supernet; {args.device}, {args.threads} threads\nepochs {start + 1} to {args.epochs}, "
-          f"{rounds} rounds of {count} steps each; expected time {expected}; "
+          f"configurations; {sum(p.numel() for p in network.parameters()):,} parameters a "
+          f"supernet; {world} x {args.device}, {args.threads} threads\nepochs {start + 1} to "
+          f"{args.epochs}, {rounds} rounds of {count} steps each; expected time {expected}; "
           f"writing to {run.folder}", flush=True)
 
     gauge = Gauge(args.device)
-    bar = tqdm(total=args.epochs * rounds * count, initial=start * rounds * count, disable=None,
-               unit="step")
+    bar = progress(total=args.epochs * rounds * count, initial=start * rounds * count, unit="step")
     for epoch in range(start, args.epochs):
-        totals = torch.zeros(3, dtype=torch.float64)
         gauge.restart()
         first, last = args.temperature
         temperature = first + (last - first) * epoch / max(args.epochs - 1, 1)
         lr = cosine(*args.lr, epoch, args.epochs)
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = lr
         # a random stream per purpose, supernet and epoch
-        draws, crops, orders, checks = ([stream(args.seed, name, m, epoch) for m in range(count)]
-                                        for name in ("draws", "crops", "orders", "checks"))
-        batches = [endless_batches(train, args.batch_size, rng) for rng in orders]
-        checks = [endless_batches(validation, args.batch_size, rng) for rng in checks]
-        for step in range(rounds):
-            assignment = assign(scores, temperature, args)
-            for c, m in draw_round(assignment, args.balance, draws):
-                images, labels = train.batch(next(batches[m]), crops[m])
-                where = (f"epoch {epoch + 1}, round {step + 1}, configuration {names[c]}, "
-                         f"supernet {m}")
-                loss, hit = train_step(supernets[m], optimizers[m], images, labels, configs[c],
-                                       where)
-                gauge.macs += 3 * macs[c] * len(labels)
-                images, labels = validation.batch(next(checks[m]))
-                with torch.inference_mode():
-                    checked = accuracy(supernets[m](images, configs[c]), labels)
-                gauge.macs += macs[c] * len(labels)
-                update_score(scores, c, m, checked, args.decay)
-                totals += torch.tensor([loss, hit, checked], dtype=torch.float64)
-                bar.set_postfix_str(f"epoch {epoch + 1}, validation accuracy {checked:.3f}, "
-                                    f"utilisation {gauge.utilisation:.2f}", False)
-                bar.update()
+        draws, batches, checks = ([stream(args.seed, name, m, epoch) for m in range(count)]
+                                  for name in ("draws", "batches", "checks"))
+        training = {m: train.passes(args.batch_size, batches[m], augment=True) for m in own}
+        checking = {m: validation.passes(args.batch_size, checks[m], augment=False) for m in own}
+        record = {m: [] for m in own}
+        for begin in range(0, rounds, INTERVAL):
+            assignment, known = assign(merged, temperature, args), Gather(scores)
+            drawn = draw_rounds(assignment, min(INTERVAL, rounds - begin), args.balance, draws)
+            for i, (c, m) in enumerate(drawn):
+                if m not in own:
+                    continue
+                numbers = search_step(learners[m], training[m], checking[m], configs[c], lr)
+                update_score(scores, c, m - own.start, numbers[2], args.decay)
+                record[m].append((f"epoch {epoch + 1}, round {begin + i // count + 1}, "
+                                  f"configuration {names[c]}, supernet {m}", numbers))
+                gauge.macs += 4 * macs[c] * len(train) / rounds
+                bar.update(world)  # on rank 0; the others are about as fast
+            merged = merge(known)
+            bar.set_postfix_str(f"epoch {epoch + 1}, utilisation {gauge.utilisation:.2f}", False)
 
+        totals = torch.stack([read_steps(record[m]).sum(0) for m in own])
+        totals = Gather(totals).result().flatten(0, 1).sum(0) / (rounds * count)
+        merged = merge(Gather(scores))
+        assignment = assign(merged, temperature, args)
         line = dict(epoch=epoch + 1, **gauge.epoch(count * len(train)))
-        loss, hit, checked = (totals / (rounds * count)).tolist()
-        assignment = assign(scores, temperature, args)
-        line |= dict(train_loss=loss, train_accuracy=hit, val_accuracy=checked, lr=lr,
-                     temperature=temperature, p_m=assignment.mean(0).tolist(),
+        line |= dict(zip(("train_loss", "train_accuracy", "val_accuracy"), totals.tolist()))
+        line |= dict(lr=lr, temperature=temperature, p_m=assignment.mean(0).tolist(),
                      mean_max_p=assignment.max(1).values.mean().item())
         if epoch + 1 in snapshots:
             line["assignment"] = assignment.tolist()
         if args.rank_every and (epoch + 1) % args.rank_every == 0:
-            found, _ = rank(supernets, assignment, configs, validation, args.batch_size)
+            found, _ = evaluate_owned(learners, assignment, configs, validation, args.batch_size)
             line["ranking"] = dict(zip(names, found.tolist()))
             if truth:
                 line |= rank_metrics(line["ranking"], truth)
-        run.log(**line)
-        run.save("checkpoint.pt", {"epoch": epoch + 1, "scores": scores,
-                                   "supernets": [net.state_dict() for net in supernets],
-                                   "optimizers": [opt.state_dict() for opt in optimizers]})
+        states = collect({m: learner.state_dict() for m, learner in learners.items()})
+        if rank == 0:
+            states = {m: state for part in states for m, state in part.items()}
+            run.log(**line)
+            run.save("checkpoint.pt", {"epoch": epoch + 1, "scores": merged, "learners": states})
     bar.close()
 
-    assignment = assign(scores, args.temperature[1] if args.epochs > 1 else args.temperature[0],
+    assignment = assign(merged, args.temperature[1] if args.epochs > 1 else args.temperature[0],
                         args)
-    accuracies, owners = rank(supernets, assignment, configs, validation, args.batch_size)
-    run.save("supernets.pt", [supernet.state_dict() for supernet in supernets])
-    plot_assignment(run, configs)
+    accuracies, owners = evaluate_owned(learners, assignment, configs, validation,
+                                        args.batch_size)
+    weights = collect([learner.network.state_dict() for learner in learners.values()])
+    if rank == 0:
+        run.save("supernets.pt", [state for part in weights for state in part])
+        plot_assignment(run, configs)
     finish_search(run, configs, accuracies, owners, macs)
     report_search(run, args, truth)
 

@@ -2,6 +2,7 @@
 
     python train_exhaustive.py --dataset cifar10 --epochs 200 --seeds 3    # all 36: days on a CPU
     python train_exhaustive.py --configs 4,3,3 7,1,2                       # a few, on digits
+    torchrun --nproc-per-node=8 train_exhaustive.py --dataset cifar10      # a network a process
 
 Writes runs/exhaustive-<dataset>/: config.json, results.csv (a row a finished network: config, seed,
 test_accuracy, ...; what --ground-truth of the searches takes), log.jsonl (a line an epoch),
@@ -12,7 +13,8 @@ Source: arXiv:2306.11982, section 4 (brute force).
 from statistics import mean
 
 from common import (Parser, ResNet20, Run, by_config, config_name, enumerate_configs, load_dataset,
-                    number, parse_config, plot_results, run_script, spread, train_stand_alone)
+                    number, parse_config, plot_results, rank, run_script, spread,
+                    train_stand_alone)
 
 
 def main() -> None:
@@ -34,6 +36,8 @@ def main() -> None:
     # seeds outside: the first pass over the configurations is already a ground truth
     rows = train_stand_alone(run, args, train, test, [
         (config, args.seed + i) for i in range(args.seeds) for config in configs])
+    if rank:
+        return  # rank 0 reports
 
     values = by_config(rows)
     means = {name: mean(found) for name, found in values.items()}
@@ -44,9 +48,9 @@ def main() -> None:
     plot_results(run.folder / "ranking.png", values, "test accuracy")
     default = config_name(ResNet20.default_config)
     print(f"\n{'rank':>4}  {'configuration':13}  {'test accuracy':>13}  {'std':>6}  seeds")
-    for rank, name in enumerate(order, 1):
-        if rank <= 10 or rank == len(order) or name == default:
-            print(f"{rank:4}  {name:13}  {means[name]:13.4f}  {spread(values[name]):6.4f}  "
+    for place, name in enumerate(order, 1):
+        if place <= 10 or place == len(order) or name == default:
+            print(f"{place:4}  {name:13}  {means[name]:13.4f}  {spread(values[name]):6.4f}  "
                   f"{len(values[name]):5}" + ("  default" if name == default else ""))
     print(f"\nbest {order[0]}; best to worst {means[order[0]] - means[order[-1]]:.4f}, mean std "
           f"between seeds {mean(map(spread, values.values())):.4f}")

@@ -210,51 +210,49 @@ class OurLoop:
         common.choose_kernel("fused" if who == "fused" else "native", "cpu")
         if who != "native, default malloc":
             common.keep_freed_memory()
-        self.parts, self.checks = [], []
-        for images, labels in (random_images(HALF), random_images(HALF)):
-            images = common.Images(torch.from_numpy(images), torch.from_numpy(labels),
-                                   torch.full((3,), 120.0), torch.full((3,), 60.0), 10, True)
-            self.parts.append(images)
-            self.checks.append(search_mixture.endless_batches(images, batch,
-                                                              torch.Generator().manual_seed(0)))
-        self.rng, self.batch = torch.Generator().manual_seed(0), batch
-        self.networks = [common.ResNet20(10, supernet=True).to(memory_format=torch.channels_last)
-                         for _ in range(SUPERNETS)]
-        self.optimizers = [torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
-                           for net in self.networks]
+        args = argparse.Namespace(device="cpu", amp="off", momentum=0.9, weight_decay=0.0)
+        self.batches = []
+        for augment in (True, False):
+            images, labels = random_images(HALF)
+            self.images = common.Images(torch.from_numpy(images), torch.from_numpy(labels),
+                                        torch.full((3,), 120.0), torch.full((3,), 60.0), 10, True)
+            self.batches.append(self.images.passes(batch, common.stream(0), augment))
+        self.learners = [common.Learner(common.ResNet20(10, supernet=True).to(
+            memory_format=torch.channels_last), args) for _ in range(SUPERNETS)]
+        self.networks, self.batch = [learner.network for learner in self.learners], batch
         self.configs = common.enumerate_configs(10, 3)
         self.macs = [common.count_macs(self.networks[0], config, 32) for config in self.configs]
         self.scores = torch.ones(len(self.configs), SUPERNETS, dtype=torch.float64)
-        self.args = argparse.Namespace(balance=True, tolerance=1e-4)
+        self.args, self.taken = argparse.Namespace(balance=True, tolerance=1e-4), 0
 
     def step(self, c: int, m: int) -> dict:
         """A training and a validation step; seconds in the network, multiply-adds."""
-        common, search, (train, validation) = self.common, self.search, self.parts
-        if m == 0:
-            search.assign(self.scores, 50.0, self.args)
-        images, labels = train.batch(next(self.checks[0]), self.rng)
-        start = time.perf_counter()
-        common.train_step(self.networks[m], self.optimizers[m], images, labels, self.configs[c], "")
-        seconds = time.perf_counter() - start
-        images, labels = validation.batch(next(self.checks[1]))
-        start = time.perf_counter()
-        with torch.inference_mode():
-            logits = self.networks[m](images, self.configs[c])
-        seconds += time.perf_counter() - start
-        search.update_score(self.scores, c, m, common.accuracy(logits, labels), 0.9)
+        learner, config = self.learners[m], self.configs[c]
+        if self.taken % (self.search.INTERVAL * SUPERNETS) == 0:
+            self.search.assign(self.scores, 50.0, self.args)
+        self.taken += 1
+        (training, checking), seconds = self.batches, 0.0
+        for batches, use in ((training, lambda *batch: learner.step(*batch, 0.01)),
+                             (checking, learner.check)):
+            images, labels = next(batches)
+            start = time.perf_counter()
+            numbers = use(images, labels, config)
+            seconds += time.perf_counter() - start
+        self.search.update_score(self.scores, c, m, numbers, 0.9)
         return {"network": seconds, "macs": 4 * self.batch * self.macs[c]}
 
     def probe(self) -> float:
         return self.common.Gauge("cpu").rate
 
     def train(self, config) -> None:
-        images, labels = self.parts[0].batch(torch.arange(self.batch))
-        self.common.train_step(self.networks[0], self.optimizers[0], images, labels, config, "")
+        batch = self.images.batch(torch.arange(self.batch))
+        self.learners[0].step(*batch, config, 0.01)
 
     def evaluate(self, owners: list[int]) -> None:
         assignment = F.one_hot(torch.tensor(owners), SUPERNETS)
-        self.search.rank(self.networks, assignment, self.configs,
-                         self.parts[1].subset(torch.arange(EVALUATED * self.batch)), self.batch)
+        images = self.images.subset(torch.arange(EVALUATED * self.batch))
+        self.search.evaluate_owned(dict(enumerate(self.learners)), assignment, self.configs,
+                                   images, self.batch)
 
 
 class PlainImages(torch.utils.data.Dataset):

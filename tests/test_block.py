@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import arguments
 from test_kernels import Emulated, distance, emulated, nhwc  # noqa: F401  a fixture
 
 import common
@@ -168,7 +169,7 @@ def test_gradients_of_a_step_are_as_good_as_native(digits):
     for seed in range(2):
         torch.manual_seed(seed)
         network = common.ResNet20(10, supernet=seed == 0)
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+        learner = common.Learner(network, arguments())
         for trained in (False, True):
             images, labels = train.batch(torch.arange(seed, len(train), 24))
             for config in configs:
@@ -184,8 +185,7 @@ def test_gradients_of_a_step_are_as_good_as_native(digits):
                     errors[kernel].append(distance(found, true))
             if not trained:
                 for i, part in enumerate(torch.arange(len(train)).split(64)):
-                    optimizer.zero_grad()
-                    common.train_step(network, optimizer, *train.batch(part), configs[i % 3], "")
+                    learner.step(*train.batch(part), configs[i % 3], 0.05)
     means = {kernel: math.exp(sum(map(math.log, found)) / len(found))
              for kernel, found in errors.items()}
     assert len(errors["fused"]) == 12 and means["fused"] < 1.5 * means["native"], errors

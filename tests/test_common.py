@@ -149,12 +149,9 @@ def test_accuracy_does_not_depend_on_the_order_of_the_images(digits):
     args = arguments("--width", "0.5", "--image-size", "16")
     train, test = common.load_dataset(args)
     network, config = common.make_network(args, 10, True, 0), (4, 3, 3)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
-    for epoch in range(4):
-        rng = common.stream(0, epoch)
-        for index in common.shuffled_batches(len(train), 64, rng):
-            images, labels = train.batch(index, rng)
-            common.train_step(network, optimizer, images, labels, config, "here")
+    learner, batches = common.Learner(network, args), train.passes(64, common.stream(0), True)
+    for _ in range(4 * math.ceil(len(train) / 64)):
+        learner.step(*next(batches), config, 0.1)
 
     def score(images):
         return common.evaluate_configs(network, [config], images.evaluation_batches(64)).item()
@@ -186,12 +183,24 @@ def test_batches_are_normalised_augmented_and_channels_last(small_images):
     assert np.allclose(images.numpy(), expected, atol=1e-6)
     assert images.is_contiguous(memory_format=torch.channels_last) and labels.dtype == torch.long
     one = torch.zeros(2000, dtype=torch.long)  # one image, many augmentations
-    drawn, _ = small_images.batch(one, common.stream(1))
-    again, _ = small_images.batch(one, common.stream(1))
-    kinds = {image.numpy().tobytes() for image in drawn}
-    assert torch.equal(drawn, again) and len(kinds) == 2 * 5 * 5  # 16x16: pad 2, and mirrored
-    plain, _ = common.replace(small_images, flip=False).batch(one, common.stream(1))
-    assert len({image.numpy().tobytes() for image in plain}) == 25
+    for flip, kinds in ((True, 2 * 5 * 5), (False, 5 * 5)):  # 16x16: pad 2, and mirrored
+        source = common.replace(small_images, flip=flip)
+        drawn, _ = source.batch(one, source.draw_crops(2000, common.stream(1)))
+        assert len({image.numpy().tobytes() for image in drawn}) == kinds
+
+
+def test_passes_cover_all_images_in_a_new_order_each_time(small_images):
+    marked = common.replace(small_images, labels=torch.arange(400))
+    batches = marked.passes(128, common.stream(1), True)
+    found = [next(batches) for _ in range(8)]
+    assert [len(labels) for _, labels in found] == [100] * 8  # near-equal, not 128 and a rest
+    first, second = (torch.cat([labels for _, labels in found[i:i + 4]]) for i in (0, 4))
+    assert torch.equal(first.sort().values, torch.arange(400)) and not torch.equal(first, second)
+    assert torch.equal(second.sort().values, torch.arange(400))
+    plain, labels = next(marked.passes(128, common.stream(1), False))
+    assert torch.equal(plain, marked.batch(labels)[0])
+    again = marked.passes(128, common.stream(1), True)
+    assert all(torch.equal(images, next(again)[0]) for images, _ in found)
 
 
 def test_split_is_disjoint_stratified_and_reproducible(digits):

@@ -188,7 +188,7 @@ def test_killed_exhaustive_training_continues_bit_identically(tmp_path):
     assert done.returncode == 0 and "2 finished, 2 to train" in done.stdout
     rows = common.read_results(runs[1] / "results.csv")
     assert [(row["config"], row["seed"]) for row in rows] == [
-        ("4,3,3", 0), ("1,1,8", 0), ("7,1,2", 0), ("7,1,2", 1)]
+        ("1,1,8", 0), ("4,3,3", 0), ("7,1,2", 0), ("7,1,2", 1)]
 
 
 def test_without_balance(tmp_path):
