@@ -1,9 +1,8 @@
-"""What all stages share: data, the network, evaluation, stand-alone training, run folders, plots.
+"""What the stages share: data, networks, evaluation, run folders, plots.
 
-Nothing runs on import. A stage script needs this file beside it and nothing else; the folder
-kernels/ makes it faster. In order:
-errors and arguments - many processes - data - configurations - network - training - run folder -
-report and plots.
+Nothing runs on import. A stage needs this file beside it; the folder kernels/ makes it faster.
+In order: errors and arguments - many processes - data - configurations - networks - learning -
+run folder - report and plots.
 The method: Javan, Toews, Pedersoli, "Balanced Mixture of SuperNets for Learning the CNN Pooling
 Architecture", arXiv:2306.11982; "the paper" below.
 """
@@ -27,7 +26,10 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -85,13 +87,27 @@ def run_script(main) -> None:
     sys.exit(code)
 
 
-# Defaults of a data set: the paper's protocol; digits is cut down to minutes. Flips change what a
-# digit or a shoe is.
-PAPER = {"search_epochs": 100, "train_epochs": 200, "batch_size": 128, "flip": True}
-PROTOCOLS = {
-    "digits": {"search_epochs": 8, "train_epochs": 6, "batch_size": 32, "flip": False},
-    "fashion-mnist": PAPER | {"flip": False}, "cifar10": PAPER, "cifar100": PAPER,
+# Defaults by network and by data set (which decides where both do): the paper's protocol where it
+# gives a figure, a value within its range where it gives a range (temperature, weight decay and
+# epochs of the larger networks). It gives no epochs for retraining the larger networks.
+# epochs: of a search, of training alone. crop: from a border of zeros ("pad") or resized at random.
+PAPER = {"epochs": (100, 200), "batch_size": 128, "lr": ([0.1, 0.001], 0.1), "weight_decay": 0.0,
+         "temperature": [1.0, 100.0], "decay": 0.9, "flip": True, "crop": "pad"}
+NETWORK_PROTOCOLS = {
+    "resnet18": {"epochs": (400, 200), "weight_decay": 5e-4, "temperature": [1.0, 150.0]},
+    "resnet50": {"epochs": (400, 200), "weight_decay": 5e-4, "temperature": [1.0, 300.0]},
 }
+PROTOCOLS = {  # flips change what a digit or a shoe is
+    "digits": {"epochs": (8, 6), "batch_size": 32, "flip": False},  # minutes
+    "fashion-mnist": {"flip": False}, "cifar10": {}, "cifar100": {},
+    "food101": {"epochs": (300, 200), "decay": 0.95, "crop": "resized"},
+}
+
+
+def protocol(dataset: str, arch: str) -> dict:
+    found = PAPER | NETWORK_PROTOCOLS.get(arch, {}) | PROTOCOLS.get(dataset, {})
+    size = {"image_size": 64 if arch == "resnet20" else 224} if dataset == "food101" else {}
+    return found | size
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,33 +116,41 @@ class Parser(argparse.ArgumentParser):
     class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
-    def __init__(self, description: str, search: bool):
+    def __init__(self, description: str, search: bool, configs: bool = True):
         super().__init__(description=description, formatter_class=self.Help)
-        self.epochs = "search_epochs" if search else "train_epochs"
-        digits = PROTOCOLS["digits"]
+        self.search = search
+        by = "None: by data set and network, "
         add = self.add_argument_group("data").add_argument
         add("--dataset", default="digits", metavar="NAME|FOLDER", help=", ".join(PROTOCOLS)
             + ", or a folder with train/<class>/*.png|jpg and test/<class>/")
         add("--data-dir", default="data", help="where data sets and their caches are kept")
-        add("--image-size", type=number(int, 8), metavar="N",
-            help="resample the images to NxN (area filter); None: native, 32")
+        add("--image-size", type=number(int, 8), metavar="N", help="resample the images to NxN "
+            "(area filter); None: native, 32; food101: 64 for resnet20, else 224")
         add("--num-train", type=number(int, 2), metavar="N",
             help="use N of the training images, stratified by class; None: all")
+        add = self.add_argument_group("network").add_argument
+        add("--arch", choices=ARCHS, default="resnet20", help="the network")
+        add("--num-resolutions", type=number(int, 1), metavar="R",
+            help="how often it pools, plus 1; None: 3 for resnet20, else 4")
+        add("--downsample", choices=["maxpool", "stride"], help="a 2x2 max-pool before the layer, "
+            "or stride 2 in its 3x3 convolution; None: maxpool for resnet20, else stride")
+        add("--width", type=number(float, 0.0625), default=1.0, help="multiplier on the channels")
+        if configs:
+            add("--configs", nargs="+", metavar="N,N,N",
+                help="only these pooling configurations; None: all")
+        self.set_defaults(configs=None)
         add = self.add_argument_group("training").add_argument
-        add("--epochs", type=number(int, 1), help="passes over the training images; None: "
-            f"{PAPER[self.epochs]}, for digits {digits[self.epochs]}")
-        add("--batch-size", type=number(int, 2),
-            help=f"None: {PAPER['batch_size']}, for digits {digits['batch_size']}")
+        add("--epochs", type=number(int, 1), help="passes over the training images; " + by
+            + "digits 8 (searches), 6; cifar10 100, 200")
+        add("--batch-size", type=number(int, 2), help=by + "128, for digits 32")
         if search:
-            add("--lr", type=number(float, 0), nargs=2, default=[0.1, 0.001],
-                metavar=("FIRST", "LAST"), help="learning rate, cosine per epoch")
+            add("--lr", type=number(float, 0), nargs=2, metavar=("FIRST", "LAST"),
+                help="learning rate, cosine per epoch; " + by + "0.1 0.001")
         else:
-            add("--lr", type=number(float, 0), default=0.1,
-                help="learning rate; x0.1 at 40, 60, 80 and 90 %% of the epochs")
+            add("--lr", type=number(float, 0), help="learning rate; x0.1 at 40, 60, 80 and 90 %% "
+                "of the epochs; " + by + "0.1")
         add("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD")
-        add("--weight-decay", type=number(float, 0), default=0.0, help="of SGD")
-        add("--width", type=number(float, 0.0625), default=1.0,
-            help="multiplier on the channels 16, 32, 64")
+        add("--weight-decay", type=number(float, 0), help="of SGD; " + by + "0, larger ones 0.0005")
         if search:
             add = self.add_argument_group("search").add_argument
             add("--split", type=number(float, 0.01, 0.99), default=0.5, metavar="FRACTION",
@@ -151,11 +175,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help explains)")
 
     def parse_args(self, *args, **kwargs) -> argparse.Namespace:
-        """Parse, fill in the data set's defaults, check --device, apply --threads."""
+        """Parse, fill in the protocol's defaults, check --device, apply --threads."""
         found = super().parse_args(*args, **kwargs)
-        protocol = PROTOCOLS.get(found.dataset, PAPER)
-        found.epochs = found.epochs or protocol[self.epochs]
-        found.batch_size = found.batch_size or protocol["batch_size"]
+        for key, value in protocol(found.dataset, found.arch).items():
+            if key in vars(found) and getattr(found, key) is None:
+                setattr(found, key, value[not self.search] if isinstance(value, tuple) else value)
         torch.set_num_threads(found.threads)
         if world > 1 and found.device == "cuda":  # several ranks may share a GPU
             found.device = f"cuda:{local_rank % max(torch.cuda.device_count(), 1)}"
@@ -320,57 +344,72 @@ def how_to_go_on() -> str:
 
 @dataclass(frozen=True)
 class Images:
-    """Images on the device. images: uint8 (N,H,W,3); labels: int64 (N,); mean, std: float32 (3,)
-    of the training pixels in 0..255; flip: whether training batches may be mirrored."""
+    """Images with labels. images: uint8 (N,H,H,3), on the device or, memory-mapped, on the CPU;
+    labels: int64 (n,); mean, std: float32 (3,) of the training pixels in 0..255, on the device;
+    flip: whether training batches may be mirrored; crop: how they are cropped, "pad" from a border
+    of zeros or "resized"; rows: int64 (n,), which of the images these are, None: all."""
     images: torch.Tensor
     labels: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor
     num_classes: int
     flip: bool
+    crop: str = "pad"
+    rows: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def size(self) -> int:
+        return self.images.shape[1]
+
     def subset(self, index) -> Images:
         index = torch.as_tensor(index, device=self.labels.device)
-        return replace(self, images=self.images[index], labels=self.labels[index])
+        return replace(self, rows=index if self.rows is None else self.rows[index],
+                       labels=self.labels[index])
 
     def batch(self, index: torch.Tensor, crops: torch.Tensor | None = None):
-        """Normalised images, float32 (B,3,H,W) in channels_last memory, and labels (B,).
+        """Normalised images, float32 (B,3,H,H) in channels_last memory, and labels (B,).
 
-        index: int64 (B,); crops: for augmented images the rows of `draw_crops` (B,3).
+        index: int64 (B,); crops: for augmented images the rows of `draw_crops`.
         """
-        images = self.images[index]
+        device = self.mean.device
+        images = self.images[index if self.rows is None else self.rows[index]]
+        images, labels = (part.to(device, non_blocking=True)
+                          for part in (images, self.labels[index]))
         if crops is not None:
-            images = crop_and_flip(images, crops[:, :2], crops[:, 2] > 0, images.shape[1] // 8)
+            images = (crop_and_flip if self.crop == "pad" else resized_crop_and_flip)(images, crops)
         # whole rows at once: with an innermost dimension of 3, torch is 6 times slower
-        mean, std = (value.repeat(images.shape[2]) for value in (self.mean, self.std))
+        mean, std = (value.repeat(self.size) for value in (self.mean, self.std))
         images = ((images.flatten(2) - mean) / std).view(images.shape)
-        return images.permute(0, 3, 1, 2), self.labels[index]  # NHWC seen as NCHW: channels_last
+        return images.permute(0, 3, 1, 2), labels  # NHWC seen as NCHW: channels_last
 
     def draw_crops(self, count: int, rng: torch.Generator) -> torch.Tensor:
-        """Where to crop from a border of H/8 zeros (4 at 32x32, as in the paper), and whether to
-        flip: int64 (count,3): top, left, flip."""
-        pad = self.images.shape[1] // 8
-        places = torch.randint(0, 2 * pad + 1, (count, 2), generator=rng)
+        """What `crop_and_flip` takes, from a border of H/8 zeros (4 at 32x32, as in the paper), or
+        `resized_crop_and_flip`, with torchvision's ranges: 8 to 100 % of the area, 3:4 to 4:3."""
         flips = torch.rand(count, 1, generator=rng) < (0.5 if self.flip else 0.0)
-        return torch.cat([places, flips], 1)
+        if self.crop == "pad":
+            places = torch.randint(0, 2 * (self.size // 8) + 1, (count, 2), generator=rng)
+            return torch.cat([places, flips], 1)
+        area, ratio, *places = torch.rand(4, count, generator=rng)
+        area, ratio = 0.08 + 0.92 * area, torch.exp((2 * ratio - 1) * math.log(4 / 3))
+        sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], 1).clamp(max=1)
+        return torch.cat([torch.stack(places, 1) * (1 - sides), sides, flips], 1)
 
     def passes(self, batch_size: int, rng: torch.Generator, augment: bool) -> Iterator:
         """Batches without end: pass after pass over all images, each in a new random order and cut
-        into ceil(N / batch_size) batches of near-equal size. What is random is drawn and moved to
+        into ceil(n / batch_size) batches of near-equal size. What is random is drawn and moved to
         the device once a pass, so that no batch makes the CPU wait for the device."""
-        count, device = len(self), self.labels.device
-        parts = math.ceil(count / batch_size)
+        parts = math.ceil(len(self) / batch_size)
         while True:
-            index = torch.randperm(count, generator=rng).to(device).tensor_split(parts)
-            crops = self.draw_crops(count, rng).to(device).tensor_split(parts) \
+            index = torch.randperm(len(self), generator=rng).to(self.labels.device)
+            crops = self.draw_crops(len(self), rng).to(self.mean.device).tensor_split(parts) \
                 if augment else [None] * parts
-            yield from map(self.batch, index, crops)
+            yield from map(self.batch, index.tensor_split(parts), crops)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches that cover every image once, always the same for the same N: shuffled and of
+        """Batches that cover every image once, always the same for the same n: shuffled and of
         near-equal size, since supernets normalise with the statistics of the batch, and a
         class-sorted batch or a last one of three images would falsify them."""
         batches = self.passes(batch_size, stream(0, "evaluation"), augment=False)
@@ -378,33 +417,53 @@ class Images:
             yield next(batches)
 
 
-def crop_and_flip(images: torch.Tensor, offsets: torch.Tensor, flips: torch.Tensor,
-                  pad: int) -> torch.Tensor:
-    """Crop each image at its own place from a border of `pad` zeros, then mirror some.
+def crop_and_flip(images: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
+    """Crop each image at its own place from a border of H/8 zeros, then mirror some.
 
-    images: (B,H,W,3); offsets: int64 (B,2), top and left in 0..2*pad; flips: bool (B,).
+    images: uint8 (B,H,H,3); crops: int64 (B,3): top and left in 0..2*(H/8), flip.
     """
-    count, height, width, _ = images.shape
-    device = images.device
+    count, size, _, _ = images.shape
+    pad, device, (top, left, flips) = size // 8, images.device, crops[:, :, None].unbind(1)
     padded = F.pad(images, (0, 0, pad, pad, pad, pad))
-    columns = torch.arange(width, device=device).expand(count, width)
-    columns = offsets[:, 1:] + torch.where(flips[:, None], width - 1 - columns, columns)
-    rows = offsets[:, :1] + torch.arange(height, device=device)
-    rows += torch.arange(count, device=device)[:, None] * padded.shape[1]
+    columns = torch.arange(size, device=device).expand(count, size)
+    columns = left + torch.where(flips > 0, size - 1 - columns, columns)
+    rows = top + torch.arange(size, device=device)
+    rows = rows + torch.arange(count, device=device)[:, None] * padded.shape[1]
     pixels = rows[:, :, None] * padded.shape[2] + columns[:, None, :]
     return padded.view(-1, 3)[pixels.flatten()].view(images.shape)  # 1.6x of three indices
 
 
+def resized_crop_and_flip(images: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
+    """Cut a box out of each image, resize it bilinearly to the image's size, mirror some.
+
+    images: uint8 (B,H,H,3); crops: float32 (B,5): top, left, height, width in 0..1, flip. -> float.
+    """
+    top, left, height, width, flip = crops.unbind(1)
+    zero = torch.zeros_like(top)
+    boxes = torch.stack([width * (1 - 2 * flip), zero, 2 * left + width - 1,
+                         zero, height, 2 * top + height - 1], 1).view(-1, 2, 3)
+    images = images.permute(0, 3, 1, 2).float()
+    grid = F.affine_grid(boxes, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False
+                         ).permute(0, 2, 3, 1)
+
+
 def load_dataset(args: argparse.Namespace) -> tuple[Images, Images]:
     """(train, test) of --dataset on --device, resampled to --image-size, cut to --num-train."""
-    name, data_dir = args.dataset, Path(args.data_dir)
+    name, data_dir, size = args.dataset, Path(args.data_dir), args.image_size
     with rank_0_first():
         if name == "digits":
             arrays = _read_digits()
         elif name in PROTOCOLS:
-            arrays = _cached(data_dir / f"{name}.npz", lambda: _read_torchvision(name, data_dir))
+            path = data_dir / (f"{name}-{size}.npz" if name == "food101" else f"{name}.npz")
+            arrays = _cached(path, partial(_torchvision, name, data_dir, size))
         elif Path(name).is_dir():
-            arrays = _read_folder(Path(name).resolve(), args.image_size or 32)
+            folder = Path(name).resolve()
+            path = folder.with_name(f"{folder.name}-{size or 32}.npz")
+            if path.exists() and path.stat().st_mtime < max(
+                    p.stat().st_mtime for p in (folder, *folder.rglob("*"))):
+                path.unlink()  # the folder is newer
+            arrays = _cached(path, partial(_folder, folder, size or 32))
         else:
             raise UserError(f"unknown data set {name!r}: choose {', '.join(PROTOCOLS)}, or give a "
                             "folder that holds train/<class>/ and test/<class>/")
@@ -415,19 +474,25 @@ def load_dataset(args: argparse.Namespace) -> tuple[Images, Images]:
         kept, _ = stratified_split(arrays["train_labels"], args.num_train,
                                    stream_seed(args.seed, "subset"))
         arrays |= {key: arrays[key][kept] for key in ("train_images", "train_labels")}
-    if args.image_size:
-        arrays |= {key: _resample(arrays[key], args.image_size)
-                   for key in ("train_images", "test_images")}
+    if size:
+        arrays |= {key: _resample(arrays[key], size) for key in ("train_images", "test_images")}
     pixels = arrays["train_images"]
+    pixels = pixels[::math.ceil(pixels.nbytes / 2 ** 30)]  # of a large set not all need be read
     mean = pixels.mean((0, 1, 2), dtype=np.float64)  # einsum casts in small pieces: no float copy
     square = np.einsum("nhwc,nhwc->c", pixels, pixels, dtype=np.float64, casting="unsafe")
     variance = square / (pixels.size / 3) - mean ** 2
     mean, std = (torch.from_numpy(v).float().to(args.device)
                  for v in (mean, np.sqrt(np.maximum(variance, 1.0))))
-    flip = PROTOCOLS.get(name, PAPER)["flip"]
-    return tuple(Images(torch.from_numpy(arrays[f"{part}_images"]).to(args.device),
-                        torch.from_numpy(arrays[f"{part}_labels"]).to(args.device),
-                        mean, std, classes, flip) for part in ("train", "test"))
+    recipe, sets = protocol(name, args.arch), []
+    for part in ("train", "test"):
+        images, labels = arrays[f"{part}_images"], torch.from_numpy(arrays[f"{part}_labels"])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*not writable.*")  # nobody writes
+            tensor = torch.from_numpy(images)
+        if not isinstance(images, np.memmap):
+            tensor, labels = tensor.to(args.device), labels.to(args.device)
+        sets.append(Images(tensor, labels, mean, std, classes, recipe["flip"], recipe["crop"]))
+    return tuple(sets)
 
 
 def stratified_split(labels: np.ndarray, first: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -453,18 +518,27 @@ def split_for_search(train: Images, args: argparse.Namespace) -> tuple[Images, I
     return tuple(train.subset(part) for part in parts)
 
 
-def _cached(path: Path, read) -> dict[str, np.ndarray]:
-    """The arrays of the cache `path`; where it does not exist, those of `read()`, kept there."""
+def _cached(path: Path, source) -> dict[str, np.ndarray]:
+    """The arrays of the cache `path`, which is made of `source(part)`, part "train" or "test",
+    where it does not exist: (count, iterator of (uint8 (H,H,3), label))."""
     if not path.exists():
-        arrays = read()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            np.savez(temporary, **arrays)
-        return arrays
+        with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            for part in ("train", "test"):
+                count, pairs = source(part)
+                labels = []  # image after image: a large set would not fit the memory
+                with archive.open(f"{part}_images.npy", "w", force_zip64=True) as member:
+                    for image, label in progress(pairs, f"reading {part}", total=count):
+                        if not labels:
+                            np.lib.format.write_array_header_1_0(member, {
+                                "descr": "|u1", "fortran_order": False,
+                                "shape": (count, *image.shape)})
+                        member.write(image.tobytes())
+                        labels.append(label)
+                with archive.open(f"{part}_labels.npy", "w") as member:
+                    np.lib.format.write_array(member, np.array(labels, dtype=np.int64))
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {f"{part}_{kind}": file[f"{part}_{kind}"]
-                      for part in ("train", "test") for kind in ("images", "labels")}
+        arrays = _read_npz(path)
         known, size = np.unique(arrays["train_labels"]), arrays["train_images"].shape[1]
         for part in ("train", "test"):
             images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
@@ -481,6 +555,27 @@ def _cached(path: Path, read) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, memory-mapped if it is larger than a quarter of the memory."""
+    names, arrays = ("train_images", "train_labels", "test_images", "test_labels"), {}
+    if path.stat().st_size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names}
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        for name in names:
+            info = archive.getinfo(f"{name}.npy")
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{name} is compressed and too large to be read")
+            file.seek(info.header_offset + 26)  # zip's local header: 30 bytes, name, extra field
+            lengths = file.read(4)
+            file.seek(int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little"),
+                      os.SEEK_CUR)
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            arrays[name] = np.memmap(path, dtype, "r", file.tell(), shape)
+    return arrays
+
+
 def _read_digits() -> dict[str, np.ndarray]:
     """scikit-learn's 1,797 handwritten digits (8x8, greys 0..16) as 32x32 RGB, split 80:20."""
     from sklearn.datasets import load_digits
@@ -493,61 +588,57 @@ def _read_digits() -> dict[str, np.ndarray]:
             "test_images": images[test], "test_labels": labels[test]}
 
 
-def _read_torchvision(name: str, data_dir: Path) -> dict[str, np.ndarray]:
+def _torchvision(name: str, data_dir: Path, size: int | None, part: str) -> tuple[int, Iterator]:
     """A torchvision data set, downloaded into `data_dir` unless its files are there."""
     from torchvision import datasets
-    source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100,
-              "fashion-mnist": datasets.FashionMNIST}[name]
-    arrays = {}
-    for part in ("train", "test"):
-        try:
-            found = source(str(data_dir), train=part == "train", download=True)
-        except Exception as error:  # network, archive, checksum: the advice is the same
-            where, what = ((data_dir / "FashionMNIST" / "raw", "the four *-ubyte.gz files")
-                           if name == "fashion-mnist" else (data_dir, source.filename))
-            raise UserError(f"cannot download {name} ({str(error) or type(error).__name__}): put "
-                            f"{what} into {where}, or a cache at {data_dir / name}.npz") from error
-        images = np.asarray(found.data)
-        if images.ndim == 3:  # 28x28 grey: a border of zeros, three equal channels
-            images = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None].repeat(3, axis=3)
-        arrays |= {f"{part}_images": images,
-                   f"{part}_labels": np.asarray(found.targets, dtype=np.int64)}
-    return arrays
+    source, where, what = {
+        "cifar10": (datasets.CIFAR10, ".", datasets.CIFAR10.filename),
+        "cifar100": (datasets.CIFAR100, ".", datasets.CIFAR100.filename),
+        "fashion-mnist": (datasets.FashionMNIST, "FashionMNIST/raw", "the four *-ubyte.gz files"),
+        "food101": (datasets.Food101, ".", "food-101/ (images/ and meta/)")}[name]
+    try:
+        found = source(str(data_dir), download=True, **(
+            {"split": part} if name == "food101" else {"train": part == "train"}))
+    except Exception as error:  # network, archive, checksum: the advice is the same
+        raise UserError(f"cannot download {name} ({str(error) or type(error).__name__}): put "
+                        f"{what} into {data_dir / where}, or a cache at {data_dir / name}"
+                        f"{f'-{size}' if name == 'food101' else ''}.npz") from error
+    if name == "food101":
+        return len(found), _squares(found, size)
+    images = np.asarray(found.data)
+    if images.ndim == 3:  # 28x28 grey: a border of zeros, three equal channels
+        images = np.pad(images, ((0, 0), (2, 2), (2, 2)))[..., None].repeat(3, axis=3)
+    return len(images), zip(images, map(int, found.targets))
 
 
-def _read_folder(folder: Path, size: int) -> dict[str, np.ndarray]:
-    """The images of train/<class>/ and test/<class>/, the centre square resized to size x size;
-    cached beside the folder, read again when anything below it is newer than the cache."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+def _folder(folder: Path, size: int, part: str) -> tuple[int, Iterator]:
+    """The images of <part>/<class>/."""
     from torchvision.datasets import ImageFolder
+    try:
+        train, found = (ImageFolder(str(folder / name)) for name in ("train", part))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: expected images in train/<class>/ and test/<class>/ "
+                        f"({error})") from error
+    if found.classes != train.classes or len(train.classes) < 2:
+        raise UserError(f"{folder}: train/ and test/ must hold the same two or more classes; "
+                        f"{part}/ holds {', '.join(found.classes)}")
+    return len(found), _squares(found, size)
 
-    def read():
-        arrays, classes = {}, None
-        for part in ("train", "test"):
-            try:
-                found = ImageFolder(str(folder / part))
-            except FileNotFoundError as error:
-                raise UserError(f"{folder}: expected images in train/<class>/ and test/<class>/ "
-                                f"({error})") from error
-            classes = classes or found.classes
-            if found.classes != classes or len(classes) < 2:
-                raise UserError(f"{folder}: train/ and test/ must hold the same two or more "
-                                f"classes; {part}/ holds {', '.join(found.classes)}")
-            images = np.empty((len(found), size, size, 3), np.uint8)
-            for i, (path, _) in enumerate(progress(found.samples, f"reading {part}")):
-                try:
-                    image = Image.open(path).convert("RGB")
-                except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-                    raise UserError(f"cannot read the image {path}: {error}") from error
-                images[i] = ImageOps.fit(image, (size, size), Image.Resampling.BOX)
-            arrays |= {f"{part}_images": images, f"{part}_labels": np.array(found.targets)}
-        return arrays
 
-    cache = folder.with_name(f"{folder.name}-{size}.npz")
-    if cache.exists() and cache.stat().st_mtime < max(p.stat().st_mtime
-                                                      for p in (folder, *folder.rglob("*"))):
-        cache.unlink()
-    return _cached(cache, read)
+def _squares(found, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """The centre squares of a torchvision data set, resized to size x size, read in parallel."""
+    from PIL import Image, ImageOps
+
+    def read(i: int) -> tuple[np.ndarray, int]:
+        try:
+            image, label = found[i]
+            image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BOX)
+        except (OSError, Image.DecompressionBombError) as error:
+            raise UserError(f"cannot read an image: {error}") from error
+        return np.asarray(image), label
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(found), 256):  # not all at once: they would fill the memory
+            yield from pool.map(read, range(start, min(start + 256, len(found))))
 
 
 def _resample(images: np.ndarray, size: int) -> np.ndarray:
@@ -568,7 +659,7 @@ def enumerate_configs(num_layers: int, num_resolutions: int) -> list[Config]:
 
 
 def downsampling_layers(config: Config) -> set[int]:
-    """The layers (stem = 0) that stand behind a pooling: (5,3,2) -> {5, 8}."""
+    """The layers (the first = 0) that downsample: (5,3,2) -> {5, 8}."""
     return set(itertools.accumulate(config[:-1]))
 
 
@@ -576,20 +667,59 @@ def config_name(config: Config) -> str:
     return ",".join(map(str, config))
 
 
-def parse_config(text: str) -> Config:
-    """"5,3,2" -> (5, 3, 2); UserError unless it is one of ResNet-20's configurations."""
-    layers, parts = ResNet20.num_layers, len(ResNet20.default_config)
+def parse_config(text: str, like: Config | None = None) -> Config:
+    """"5,3,2" -> (5, 3, 2); UserError unless these are positive integers and, with `like`, as many
+    as there and of the same sum."""
     try:
         config = tuple(int(part) for part in text.strip(" []").split(","))
     except ValueError:
-        config = ()
-    if len(config) != parts or min(config) < 1 or sum(config) != layers:
-        raise UserError(f"impossible configuration {text!r}: {parts} parts, each at least 1, that "
-                        f"add to {layers} are needed, like {config_name(ResNet20.default_config)}")
+        config = (0,)
+    if min(config) < 1 or (like and (len(config), sum(config)) != (len(like), sum(like))):
+        raise UserError(f"impossible configuration {text!r}" + (
+            f": {len(like)} parts, each at least 1, that add to {sum(like)} are needed, like "
+            f"{config_name(like)}" if like else ""))
     return config
 
 
-# ---------------------------------------------------------------------------------- network
+@dataclass(frozen=True)
+class Space:
+    """The pooling configurations to choose from; macs: multiply-adds of one image's forward pass,
+    also of the default; tree_macs: of all configurations with shared prefixes."""
+    configs: list[Config]
+    default: Config
+    macs: dict[Config, int]
+    tree_macs: int
+    parameters: int
+
+    def __str__(self) -> str:
+        saved = sum(map(self.macs.get, self.configs)) / self.tree_macs
+        return (f"{len(self.configs)} configurations, evaluated as a tree with {saved:.2f}x fewer "
+                f"multiply-adds; {self.parameters:,} parameters a network")
+
+
+def search_space(args: argparse.Namespace, images: Images, supernet: bool) -> Space:
+    """The configurations of --arch, --num-resolutions, --configs. Where the network knows no
+    default for so many resolutions, the default are blocks of near-equal length."""
+    network = make_network(args, images, supernet, device="meta")
+    layers, default = len(network.layers), network.default_config
+    resolutions = args.num_resolutions or len(default)
+    if resolutions > layers:
+        raise UserError(f"--num-resolutions {resolutions}: {args.arch} has {layers} layers")
+    if resolutions != len(default):
+        default = tuple(map(len, np.array_split(range(layers), resolutions)))
+    configs = [parse_config(text, default) for text in args.configs] if args.configs else \
+        enumerate_configs(layers, resolutions)
+    try:
+        macs, tree_macs = count_macs(network, configs, images.size)
+        (default_macs,), _ = count_macs(network, [default], images.size)
+    except RuntimeError as error:
+        raise UserError(f"{images.size}x{images.size} images are too small for {resolutions} "
+                        "resolutions") from error
+    return Space(configs, default, {default: default_macs, **dict(zip(configs, macs))}, tree_macs,
+                 sum(p.numel() for p in network.parameters()))
+
+
+# --------------------------------------------------------------------------------- networks
 
 def native_pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
                        downsample: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
@@ -607,7 +737,226 @@ fused = None  # the module kernels where `choose_kernel` chose it
 
 def pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
                 downsample: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
-    return (fused.pool_conv2d if fused else native_pool_conv2d)(x, weight, downsample)
+    return (fused.pool_conv2d if fused and not x.is_meta else native_pool_conv2d)(
+        x, weight, downsample)
+
+
+def can_fuse(x: torch.Tensor, weight: torch.Tensor, norm: nn.BatchNorm2d, downsample: str) -> bool:
+    """Whether the kernels can take a stem or basic block as a whole."""
+    return bool(fused) and downsample != "stride" and not x.is_meta and \
+        fused.can_fuse(x, weight, norm)
+
+
+def batch_norm(channels: int, supernet: bool) -> nn.BatchNorm2d:
+    """In a supernet: no affine parameters, batch statistics always, since running ones would mix
+    configurations. In a stand-alone network: ordinary."""
+    return nn.BatchNorm2d(channels, affine=not supernet, track_running_stats=not supernet)
+
+
+def make_shortcut(c_in: int, c_out: int, supernet: bool) -> nn.Sequential:
+    return nn.Sequential() if c_in == c_out else nn.Sequential(
+        nn.Conv2d(c_in, c_out, 1, bias=False), batch_norm(c_out, supernet))
+
+
+class Stem(nn.Module):
+    """3x3 convolution, BatchNorm, ReLU; large, for images of 64 pixels or more: 7x7 convolution of
+    stride 2, BatchNorm, ReLU, 3x3 max-pool of stride 2. The first layer never downsamples."""
+
+    def __init__(self, channels: int, supernet: bool, large: bool = False):
+        super().__init__()
+        self.large, (size, stride) = large, (7, 2) if large else (3, 1)
+        self.conv = nn.Conv2d(3, channels, size, stride, size // 2, bias=False)
+        self.norm = batch_norm(channels, supernet)
+
+    def forward(self, x: torch.Tensor, downsample: str) -> torch.Tensor:
+        if not self.large and can_fuse(x, self.conv.weight, self.norm, downsample):
+            return fused.stem(x, self.conv.weight, self.norm)
+        x = F.relu(self.norm(self.conv(x)))
+        return F.max_pool2d(x, 3, 2, 1) if self.large else x
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (1x1 convolution where the channels change).
+
+    "maxpool": the pooled input feeds the first convolution and the shortcut. "stride": the first
+    convolution has stride 2, and the shortcut starts from every second pixel of every second row,
+    which for a 1x1 convolution is stride 2 and for an identity a subsampling without parameters.
+    """
+    expansion = 1
+
+    def __init__(self, c_in: int, channels: int, supernet: bool):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, channels, 3, padding=1, bias=False)
+        self.norm1 = batch_norm(channels, supernet)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = batch_norm(channels, supernet)
+        self.shortcut = make_shortcut(c_in, channels, supernet)
+
+    def forward(self, x: torch.Tensor, downsample: str) -> torch.Tensor:
+        if can_fuse(x, self.conv1.weight, self.norm1, downsample):
+            return fused.basic_block(x, self.conv1.weight, self.norm1, self.conv2.weight,
+                                     self.norm2, *self.shortcut, downsample=downsample)
+        y, x = pool_conv2d(x, self.conv1.weight, downsample)
+        y, _ = pool_conv2d(F.relu(self.norm1(y)), self.conv2.weight)
+        x = x[:, :, ::2, ::2] if downsample == "stride" else x
+        return F.relu(self.norm2(y) + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut, 4 times as many channels at its ends; as
+    BasicBlock otherwise, the stride on the 3x3 convolution."""
+    expansion = 4
+
+    def __init__(self, c_in: int, channels: int, supernet: bool):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, channels, 1, bias=False)
+        self.norm1 = batch_norm(channels, supernet)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = batch_norm(channels, supernet)
+        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
+        self.norm3 = batch_norm(4 * channels, supernet)
+        self.shortcut = make_shortcut(c_in, 4 * channels, supernet)
+
+    def forward(self, x: torch.Tensor, downsample: str) -> torch.Tensor:
+        if downsample == "maxpool":
+            x, downsample = F.max_pool2d(x, 2), "none"
+        y = F.relu(self.norm1(self.conv1(x)))
+        y, _ = pool_conv2d(y, self.conv2.weight, downsample)
+        y = self.norm3(self.conv3(F.relu(self.norm2(y))))
+        x = x[:, :, ::2, ::2] if downsample == "stride" else x
+        return F.relu(y + self.shortcut(x))
+
+
+class AsOneLayer(nn.ModuleList):
+    """Modules that count as the first layer, which never downsamples."""
+
+    def forward(self, x: torch.Tensor, downsample: str) -> torch.Tensor:
+        for module in self:
+            x = module(x, downsample)
+        return x
+
+
+class Network(nn.Module):
+    """A network whose pooling is an argument of the call: any call may take any configuration,
+    nothing is rebuilt and no state is kept. What makes it searchable:
+
+    layers: modules, layer(x, downsample) with "none" or `self.downsample`, the first always "none";
+    head(x): logits of the last layer's output; default_config: whose sum is the number of layers.
+    In a supernet BatchNorm has no running statistics (`batch_norm`).
+    """
+    layers: nn.ModuleList
+    default_config: Config
+    downsample = "maxpool"
+
+    def forward(self, images: torch.Tensor, config: Config) -> torch.Tensor:
+        """images: (N,3,H,W) -> logits (N,num_classes)."""
+        x, downsampling = images, downsampling_layers(config)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, self.downsample if i in downsampling else "none")
+        return self.head(x)
+
+
+RESNETS = {  # block; channels of the stem and the blocks; default; whether the stem and the first
+    # block count as one layer (so that ResNet-50's default is 3,4,6,3 as everywhere) or as two
+    "resnet20": (BasicBlock, (16,) * 4 + (32,) * 3 + (64,) * 3, (4, 3, 3), False),
+    "resnet18": (BasicBlock, (64,) * 3 + (128,) * 2 + (256,) * 2 + (512,) * 2, (3, 2, 2, 2), False),
+    "resnet50": (Bottleneck, (64,) * 4 + (128,) * 4 + (256,) * 6 + (512,) * 3, (3, 4, 6, 3), True),
+}
+
+
+class ResNet(Network):
+    """ResNet-20 (10 layers: the stem and 9 blocks), ResNet-18 (9: the stem and 8 blocks) or
+    ResNet-50 (16 blocks; the stem belongs to the first). Channels never move with the pooling
+    (paper, section 3). downsample: "maxpool" or "stride"; None: as --downsample says."""
+
+    def __init__(self, arch: str, num_classes: int, supernet: bool = False, width: float = 1.0,
+                 downsample: str | None = None, image_size: int = 32):
+        super().__init__()
+        block, channels, self.default_config, together = RESNETS[arch]
+        small = arch == "resnet20"
+        self.downsample = downsample or ("maxpool" if small else "stride")
+        stem, *channels = (max(1, round(width * c)) for c in channels)
+        ends = [stem, *(block.expansion * c for c in channels)]
+        layers = [Stem(stem, supernet, large=image_size >= 64 and not small)]
+        layers += [block(c_in, c, supernet) for c_in, c in zip(ends, channels)]
+        if together:
+            layers[:2] = [AsOneLayer(layers[:2])]
+        self.layers, self.classifier = nn.ModuleList(layers), nn.Linear(ends[-1], num_classes)
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(x.mean((2, 3)))
+
+
+# --arch; a network of your own is called like these: (num_classes, supernet=, width=, ...)
+ARCHS = {name: partial(ResNet, name) for name in RESNETS}
+
+
+def make_network(args: argparse.Namespace, images: Images, supernet: bool, *key: str | int,
+                 device: str | None = None) -> Network:
+    """The network of --arch for these images, on --device in channels_last, initialised from the
+    stream ("weights", *key)."""
+    with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
+        torch.manual_seed(stream_seed(args.seed, "weights", *key))
+        network = ARCHS[args.arch](images.num_classes, supernet=supernet, width=args.width,
+                                   downsample=args.downsample, image_size=images.size)
+    return network.to(device or args.device, memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def count_macs(network: Network, configs: list[Config], image_size: int) -> tuple[list[int], int]:
+    """Multiply-adds, by torch's own counter, of one image's forward pass with each configuration,
+    and of all of them where prefixes are shared (`evaluate_configs`)."""
+    from torch.utils.flop_counter import FlopCounterMode
+    network, known, tree, totals = copy.deepcopy(network).to("meta"), {}, {}, []
+
+    def run(depth: int, x: torch.Tensor, downsample: str) -> tuple[torch.Tensor, int]:
+        key = depth, x.shape, downsample  # a layer is counted once at each resolution
+        if key not in known:
+            with FlopCounterMode(display=False) as counter:  # 2 a multiply-add, for 2 images
+                y = network.layers[depth](x, downsample) if depth < len(network.layers) \
+                    else network.head(x)
+            known[key] = y, counter.get_total_flops() // 4
+        return known[key]
+
+    for config in configs:
+        x, total, prefix = torch.zeros(2, 3, image_size, image_size, device="meta"), 0, ()
+        for depth in range(len(network.layers) + 1):
+            downsample = network.downsample if depth in downsampling_layers(config) else "none"
+            x, macs = run(depth, x, downsample)
+            total, prefix = total + macs, (*prefix, downsample)
+            tree[prefix] = macs
+        totals.append(total)
+    return totals, sum(tree.values())
+
+
+@torch.inference_mode()
+def evaluate_configs(network: Network, configs: list[Config],
+                     batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Accuracy of every configuration over all (images, labels) batches: float64 (len(configs),).
+
+    Up to their first different pooling, configurations have the same activations, so they are
+    walked as a tree of shared prefixes: 2.03x fewer multiply-adds for the 36 of ResNet-20. Exact:
+    every layer sees the very inputs it would see in a pass of its own, batch statistics included.
+    """
+    correct, count = [0] * len(configs), 0
+    downsampling = [downsampling_layers(config) for config in configs]
+
+    def walk(x: torch.Tensor, depth: int, members: list[int]):
+        if depth == len(network.layers):
+            hits = (network.head(x).argmax(1) == labels).sum()  # stays on the device
+            for i in members:
+                correct[i] = hits + correct[i]
+            return
+        for here, downsample in ((False, "none"), (True, network.downsample)):
+            group = [i for i in members if (depth in downsampling[i]) == here]
+            if group:
+                walk(network.layers[depth](x, downsample), depth + 1, group)
+
+    for images, labels in batches:
+        with autocast(images.device):
+            walk(images, 0, list(range(len(configs))))
+        count += len(labels)
+    return torch.stack(correct).cpu().double() / count
 
 
 def choose_kernel(kernel: str, device: str) -> str:
@@ -700,128 +1049,7 @@ class Gauge:
                 "utilisation": self.macs / seconds / self.rate}
 
 
-def batch_norm(channels: int, supernet: bool) -> nn.BatchNorm2d:
-    """In a supernet: no affine parameters, batch statistics always, since running ones would mix
-    configurations. In a stand-alone network: ordinary."""
-    return nn.BatchNorm2d(channels, affine=not supernet, track_running_stats=not supernet)
-
-
-class Stem(nn.Module):
-    """Layer 0: 3x3 convolution, BatchNorm, ReLU."""
-
-    def __init__(self, channels: int, supernet: bool):
-        super().__init__()
-        self.conv = nn.Conv2d(3, channels, 3, padding=1, bias=False)
-        self.norm = batch_norm(channels, supernet)
-
-    def forward(self, x: torch.Tensor, downsample: str) -> torch.Tensor:
-        if fused and downsample == "none" and fused.can_fuse(x, self.conv.weight, self.norm):
-            return fused.stem(x, self.conv.weight, self.norm)
-        return F.relu(self.norm(pool_conv2d(x, self.conv.weight, downsample)[0]))
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (1x1 convolution where the channels change); the pooled
-    input feeds both the first convolution and the shortcut."""
-
-    def __init__(self, c_in: int, c_out: int, supernet: bool):
-        super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
-        self.norm1 = batch_norm(c_out, supernet)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
-        self.norm2 = batch_norm(c_out, supernet)
-        self.shortcut = nn.Sequential() if c_in == c_out else nn.Sequential(
-            nn.Conv2d(c_in, c_out, 1, bias=False), batch_norm(c_out, supernet))
-
-    def forward(self, x: torch.Tensor, downsample: str) -> torch.Tensor:
-        if fused and downsample != "stride" and fused.can_fuse(x, self.conv1.weight, self.norm1):
-            return fused.basic_block(x, self.conv1.weight, self.norm1, self.conv2.weight,
-                                     self.norm2, *self.shortcut, downsample=downsample)
-        y, pooled = pool_conv2d(x, self.conv1.weight, downsample)
-        y, _ = pool_conv2d(F.relu(self.norm1(y)), self.conv2.weight)
-        return F.relu(self.norm2(y) + self.shortcut(pooled))
-
-
-class ResNet20(nn.Module):
-    """ResNet-20 for small images; where it pools is an argument of the call.
-
-    `model(images, config)`: any call may take any configuration, nothing is rebuilt and no state
-    is kept. 10 layers: stem and 9 basic blocks. Channels never move with the pooling (paper,
-    section 3). A network of your own is searchable if it offers `layers` (modules called as
-    layer(x, downsample), downsample "none" or "maxpool"), `head(x)` and the two constants.
-    """
-    num_layers = 10
-    default_config = (4, 3, 3)
-
-    def __init__(self, num_classes: int, width: float = 1.0, supernet: bool = False):
-        super().__init__()
-        c = [max(1, round(width * channels)) for channels in (16,) * 4 + (32,) * 3 + (64,) * 3]
-        blocks = [BasicBlock(c_in, c_out, supernet) for c_in, c_out in itertools.pairwise(c)]
-        self.layers = nn.ModuleList([Stem(c[0], supernet), *blocks])
-        self.classifier = nn.Linear(c[-1], num_classes)
-
-    def head(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier(x.mean((2, 3)))
-
-    def forward(self, images: torch.Tensor, config: Config) -> torch.Tensor:
-        """images: (N,3,H,W) -> logits (N,num_classes)."""
-        x, downsampling = images, downsampling_layers(config)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, "maxpool" if i in downsampling else "none")
-        return self.head(x)
-
-
-def make_network(args: argparse.Namespace, num_classes: int, supernet: bool,
-                 *key: str | int) -> ResNet20:
-    """A network on --device in channels_last, initialised from the stream ("weights", *key)."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed(args.seed, "weights", *key))
-        network = ResNet20(num_classes, args.width, supernet)
-    return network.to(args.device, memory_format=torch.channels_last)
-
-
-def count_macs(network: nn.Module, config: Config, image_size: int) -> int:
-    """Multiply-adds of one image's forward pass, convolutions and classifier; the convolutions of
-    a layer all run at the resolution behind its pooling."""
-    size, total = image_size, network.classifier.weight.numel()
-    for depth, layer in enumerate(network.layers):
-        size //= 2 if depth in downsampling_layers(config) else 1
-        total += size ** 2 * sum(w.numel() for w in layer.parameters() if w.dim() == 4)
-    return total
-
-
-@torch.inference_mode()
-def evaluate_configs(network: nn.Module, configs: list[Config],
-                     batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Accuracy of every configuration over all (images, labels) batches: float64 (len(configs),).
-
-    Up to their first different pooling, configurations have the same activations, so they are
-    walked as a tree of shared prefixes: 2.03x fewer multiply-adds for the 36 of ResNet-20. Exact:
-    every layer sees the very inputs it would see in a pass of its own, batch statistics included.
-    """
-    correct, count = [0] * len(configs), 0
-    downsampling = [downsampling_layers(config) for config in configs]
-
-    def walk(x: torch.Tensor, depth: int, members: list[int]):
-        if depth == len(network.layers):
-            hits = (network.head(x).argmax(1) == labels).sum()  # stays on the device
-            for i in members:
-                correct[i] = hits + correct[i]
-            return
-        for downsample in ("none", "maxpool"):
-            group = [i for i in members
-                     if (depth in downsampling[i]) == (downsample == "maxpool")]
-            if group:
-                walk(network.layers[depth](x, downsample), depth + 1, group)
-
-    for images, labels in batches:
-        with autocast(images.device):
-            walk(images, 0, list(range(len(configs))))
-        count += len(labels)
-    return torch.stack(correct).cpu().double() / count
-
-
-# --------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------- learning
 
 class Learner:
     """A network that learns: with its SGD and, for --amp fp16, its gradient scaler."""
@@ -883,122 +1111,20 @@ def cosine(first: float, last: float, epoch: int, epochs: int) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
-def expected_time(learner: Learner, images: Images, batch_size: int, training_macs: float,
-                  forward_macs: float) -> timedelta:
+def expected_time(learner: Learner, images: Images, batch_size: int, space: Space,
+                  training_macs: float, forward_macs: float) -> timedelta:
     """Time for the multiply-adds of so many training steps (their forward passes counted, the
     backward ones implied) and plain forward passes, at the speed of one step of a throw-away copy.
     """
-    probe, config = copy.deepcopy(learner), learner.network.default_config
+    probe, config = copy.deepcopy(learner), space.default
     x, labels = next(images.passes(batch_size, stream(0), augment=False))
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
         probe.step(x, labels, config, 0.0).tolist()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    speed = min(seconds) / (len(x) * count_macs(probe.network, config, x.shape[2])) / world
+    speed = min(seconds) / (len(x) * space.macs[config]) / world
     return timedelta(seconds=round(speed * (training_macs + forward_macs / 3)))
-
-
-RESULT_COLUMNS = ("config", "seed", "test_accuracy", "train_accuracy", "train_loss")
-
-
-def train_stand_alone(run: Run, args: argparse.Namespace, train: Images, test: Images,
-                      pairs: list[tuple[Config, int]]) -> list[dict]:
-    """Stages 1 and 3: train a network of its own for every (configuration, seed), and write each
-    finished one to results.csv at once. Finished pairs are skipped, an interrupted one continues.
-    Returns the rows of results.csv when all ranks are done.
-
-    Protocol (paper): SGD, learning rate x0.1 at 40, 60, 80 and 90 % of the epochs, the accuracy
-    of the last epoch on the test images.
-    """
-    path = run.folder / "results.csv"
-
-    def finished() -> set:
-        rows = read_results(path) if path.exists() else []
-        return {(row["config"], row["seed"]) for row in rows}
-
-    done, steps = finished(), math.ceil(len(train) / args.batch_size)
-    todo = [pair for pair in pairs if (config_name(pair[0]), pair[1]) not in done]
-    if todo:
-        probe, size = make_network(args, train.num_classes, False), train.images.shape[1]
-        macs = {config: count_macs(probe, config, size) for config, _ in pairs}
-        total = sum(macs[config] for config, _ in todo)
-        expected = expected_time(Learner(probe, args), train, args.batch_size,
-                                 total * len(train) * args.epochs, total * len(test))
-        print(f"{len(pairs) - len(todo)} finished, {len(todo)} to train; expected time {expected}",
-              flush=True)
-        gauge = Gauge(args.device)
-    bar = progress(total=len(todo) * args.epochs * steps, unit="step")
-    for config, seed in deal(pairs):  # the same list on every rank, however far the others are
-        name, checkpoint = config_name(config), f"checkpoint-{config_name(config)}-{seed}.pt"
-        if (name, seed) in finished():
-            continue
-        learner = Learner(make_network(args, train.num_classes, False, seed), args)
-        state, start = run.load(checkpoint), 0
-        if state:
-            learner.load_state_dict(state["learner"])
-            start, loss, correct = (state[key] for key in ("epoch", "loss", "correct"))
-        run.trim_log(lambda line: (line["config"], line["seed"]) != (name, seed)
-                     or line["epoch"] <= start)
-        bar.update(start * steps)
-        for epoch in range(start, args.epochs):
-            gauge.restart()
-            passed = sum(epoch >= part * args.epochs for part in (0.4, 0.6, 0.8, 0.9))
-            lr, record, sizes = args.lr * 0.1 ** passed, [], []
-            batches = train.passes(args.batch_size, stream(seed, "batches", epoch), augment=True)
-            learner.network.train()
-            for step, (images, labels) in zip(range(steps), batches):
-                where = f"epoch {epoch + 1}, step {step + 1}, configuration {name}, seed {seed}"
-                record.append((where, learner.step(images, labels, config, lr)))
-                sizes.append(len(labels))
-                gauge.macs += 3 * macs[config] * len(labels)
-                bar.update(world)  # on rank 0; the others are about as fast
-            weights = torch.tensor(sizes, dtype=torch.float64) / len(train)
-            loss, correct = (weights @ read_steps(record)).tolist()
-            line = dict(config=name, seed=seed, epoch=epoch + 1, **gauge.epoch(len(train)),
-                        train_loss=loss, train_accuracy=correct, lr=lr)
-            bar.set_postfix_str(f"{name} seed {seed}, train accuracy {correct:.3f}, "
-                                f"utilisation {line['utilisation']:.2f}")
-            run.log(**line)
-            run.save(checkpoint, {"epoch": epoch + 1, "learner": learner.state_dict(),
-                                  "loss": loss, "correct": correct})
-        result = evaluate_configs(learner.network.eval(), [config],
-                                  test.evaluation_batches(args.batch_size)).item()
-        run.add_row(dict(zip(RESULT_COLUMNS, (name, seed, result, correct, loss))))
-        (run.folder / checkpoint).unlink()
-    bar.close()
-    barrier()
-    report_speed(run)
-    return read_results(path)
-
-
-def read_results(path: Path) -> list[dict]:
-    """The rows of a results.csv: `config`, `seed` and `test_accuracy` (float) at least."""
-    try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        for row in rows:
-            row["test_accuracy"] = float(row["test_accuracy"])
-            row["seed"] = int(row["seed"])
-            row["config"] = config_name(parse_config(row["config"]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
-        raise UserError(f"{path} is not a table with the columns config, seed, test_accuracy "
-                        f"({type(error).__name__}: {error})") from error
-    return rows
-
-
-def spread(values: list[float]) -> float:
-    """Sample standard deviation; 0 of a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
-def by_config(rows: list[dict]) -> dict[str, list[float]]:
-    """Test accuracies of each configuration, one a seed."""
-    values: dict[str, list[float]] = {}
-    for row in rows:
-        values.setdefault(row["config"], []).append(row["test_accuracy"])
-    return values
-
 
 # ------------------------------------------------------------------------------- run folder
 
@@ -1021,7 +1147,7 @@ class Run:
     differ, unless --overwrite. What does not change a result, or only extends it, may differ.
     """
     not_compared = {"out", "overwrite", "data_dir", "device", "threads", "ground_truth",
-                    "rank_every", "configs", "config", "seeds", "source"}
+                    "rank_every", "config", "seeds", "source"}
     files = ("config.json", "log.jsonl", "result.json", "results.csv", "supernets.pt",
              "checkpoint*.pt", "*.png", "tmp-*", "lock")
 
@@ -1030,8 +1156,9 @@ class Run:
     def __init__(self, stage: str, args: argparse.Namespace):
         use_device(args)
         self.folder = Run.folder = Path(args.out or f"runs/{stage}-{Path(args.dataset).name}")
+        extensible = {"configs"} if stage == "exhaustive" else set()
         settings = {"stage": stage} | {k: v for k, v in vars(args).items()
-                                       if k not in self.not_compared}
+                                       if k not in self.not_compared | extensible}
         with rank_0_first():
             if rank == 0:
                 self._open(settings, args)
@@ -1107,17 +1234,6 @@ class Run:
             temporary.write_text("".join(json.dumps(line) + "\n"
                                          for line in self.read_log() if keep(line)))
 
-    def add_row(self, row: dict) -> None:
-        """Add a row to results.csv, sorted by seed and configuration, whoever was first."""
-        path = self.folder / "results.csv"
-        with self.locked():
-            rows = [*(read_results(path) if path.exists() else []), row]
-            rows.sort(key=lambda row: (row["seed"], parse_config(row["config"])))
-            with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-                writer = csv.DictWriter(file, RESULT_COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
-
 
 def read_json(path: Path) -> dict:
     try:
@@ -1156,14 +1272,37 @@ def report_speed(run: Run) -> None:
           "(1: a direct convolution at the rate of a matrix product)")
 
 
-def read_ground_truth(path: str | None, configs: list[Config]) -> dict[str, float] | None:
+def read_results(path: Path) -> list[dict]:
+    """The rows of a results.csv: `config`, `seed` and `test_accuracy` (float) at least."""
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            row["test_accuracy"] = float(row["test_accuracy"])
+            row["seed"] = int(row["seed"])
+            row["config"] = config_name(parse_config(row["config"]))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
+        raise UserError(f"{path} is not a table with the columns config, seed, test_accuracy "
+                        f"({type(error).__name__}: {error})") from error
+    return rows
+
+
+def by_config(rows: list[dict]) -> dict[str, list[float]]:
+    """Test accuracies of each configuration, one a seed."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row["config"], []).append(row["test_accuracy"])
+    return values
+
+
+def read_ground_truth(path: str | None, space: Space) -> dict[str, float] | None:
     """Test accuracy of every configuration from stage 1's results.csv; None without a path."""
     if path is None:
         return None
     truth = {name: mean(found) for name, found in by_config(read_results(Path(path))).items()}
-    missing = [config_name(config) for config in configs if config_name(config) not in truth]
+    missing = [name for name in map(config_name, space.configs) if name not in truth]
     if missing:
-        raise UserError(f"{path} lacks {len(missing)} of {len(configs)} configurations "
+        raise UserError(f"{path} lacks {len(missing)} of {len(space.configs)} configurations "
                         f"({'; '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}): "
                         "train_exhaustive.py writes them")
     return truth
@@ -1182,15 +1321,16 @@ def rank_metrics(accuracies: dict[str, float], truth: dict[str, float]) -> dict[
             "pick_rank": 1 + sum(value > pick for value in true), "regret": max(true) - pick}
 
 
-def finish_search(run: Run, configs: list[Config], accuracies: torch.Tensor, owners: list[int],
-                  macs: list[int]) -> None:
+def finish_search(run: Run, space: Space, accuracies: torch.Tensor, owners: list[int]) -> None:
     """Rank 0 writes result.json: the ranking, best first; ties keep the paper's order."""
     if rank:
         return
-    ranking = [{"config": config_name(config), "accuracy": float(a), "supernet": m, "macs": count}
-               for config, a, m, count in zip(configs, accuracies, owners, macs)]
+    ranking = [{"config": config_name(config), "accuracy": float(a), "supernet": m,
+                "macs": space.macs[config]}
+               for config, a, m in zip(space.configs, accuracies, owners)]
     ranking.sort(key=lambda entry: -entry["accuracy"])
-    run.save("result.json", {"ranking": ranking, "pick": ranking[0]["config"], "metrics": None})
+    run.save("result.json", {"ranking": ranking, "pick": ranking[0]["config"],
+                             "default": config_name(space.default), "metrics": None})
 
 
 def report_search(run: Run, args: argparse.Namespace, truth: dict[str, float] | None) -> None:
@@ -1198,14 +1338,13 @@ def report_search(run: Run, args: argparse.Namespace, truth: dict[str, float] | 
     if rank:
         return
     result = run.load("result.json")
-    ranking = result["ranking"]
+    ranking, default = result["ranking"], result["default"]
     scores = {entry["config"]: entry["accuracy"] for entry in ranking}
     if truth:
         result["metrics"] = rank_metrics(scores, truth)
         run.save("result.json", result)
     plot_results(run.folder / "ranking.png", {k: [v] for k, v in scores.items()},
-                 "validation accuracy", truth)
-    default = config_name(ResNet20.default_config)
+                 "validation accuracy", default, truth)
     print(f"\n{'rank':>4}  {'configuration':13}  {'accuracy':>8}  supernet  Mmult-adds"
           + ("  ground truth" if truth else ""))
     for place, entry in enumerate(ranking, 1):
@@ -1229,35 +1368,39 @@ def save_figure(figure, path: Path) -> None:
         figure.savefig(temporary, dpi=110, bbox_inches="tight")
 
 
-def plot_results(path: Path, values: dict[str, list[float]], label: str,
+def plot_results(path: Path, values: dict[str, list[float]], label: str, default: str,
                  truth: dict[str, float] | None = None) -> None:
-    """Accuracies (one or more a configuration: seeds) as a ranking, over the triangle (n1, n2)
-    and, with a ground truth, as a scatter plot against it (paper, figure 3)."""
+    """Accuracies (one or more a configuration: seeds) as a ranking, for three resolutions over the
+    triangle (n1, n2) and, with a ground truth, as a scatter plot against it (paper, figure 3)."""
     from matplotlib.figure import Figure
     means = {name: mean(found) for name, found in values.items()}
-    order, default = sorted(means, key=means.get), config_name(ResNet20.default_config)
-    figure = Figure(figsize=(18 if truth else 12, 1.5 + 0.15 * len(order)), layout="constrained")
-    ranking, triangle, *scatter = figure.subplots(1, 3 if truth else 2)
-    for row, name in enumerate(order):
+    order, parts = sorted(means, key=means.get), 1 + (default.count(",") == 2) + (truth is not None)
+    names = order if len(order) <= 60 else [  # of many, the best 30, the default and the worst
+        name for i, name in enumerate(order) if i >= len(order) - 30 or not i or name == default]
+    figure = Figure(figsize=(6 * parts, 1.5 + 0.15 * max(len(names), 24)), layout="constrained")
+    ranking, *others = figure.subplots(1, parts, squeeze=False)[0]
+    for row, name in enumerate(names):
         color = "tab:orange" if name == default else "tab:blue"
         ranking.plot(means[name], row, "o", color=color, markersize=7)
         ranking.plot(values[name], [row] * len(values[name]), "|", color=color, markersize=9)
-    ranking.set_yticks(range(len(order)), order, fontsize=7)
+    ranking.set_yticks(range(len(names)), names, fontsize=7)
     ranking.grid(alpha=0.3)
     ranking.set(xlabel=f"{label} (dot: mean; bars: seeds; orange: the default)",
                 ylabel="pooling configuration")
-    configs = {name: parse_config(name) for name in order}
-    dots = triangle.scatter([configs[n][0] for n in order], [configs[n][1] for n in order],
-                            c=[means[n] for n in order], marker="s", s=500)
-    triangle.plot(*configs[order[-1]][:2], "r*", markersize=12, label=f"best: {order[-1]}")
-    if default in configs:
-        triangle.plot(*configs[default][:2], "wo", markeredgecolor="k", label=f"default: {default}")
-    triangle.set(xlabel="n1, layers at full resolution", ylabel="n2, layers at half resolution")
-    triangle.legend()
-    figure.colorbar(dots, label=label)
-    for axes in scatter:
+    if default.count(",") == 2:
+        triangle, configs = others.pop(0), {name: parse_config(name) for name in order}
+        dots = triangle.scatter([configs[n][0] for n in order], [configs[n][1] for n in order],
+                                c=[means[n] for n in order], marker="s", s=500)
+        triangle.plot(*configs[order[-1]][:2], "r*", markersize=12, label=f"best: {order[-1]}")
+        if default in configs:
+            triangle.plot(*configs[default][:2], "wo", markeredgecolor="k",
+                          label=f"default: {default}")
+        triangle.set(xlabel="n1, layers at full resolution", ylabel="n2, layers at half resolution")
+        triangle.legend()
+        figure.colorbar(dots, label=label)
+    for axes in others:
         axes.plot([truth[n] for n in order], [means[n] for n in order], "o")
-        for name in order:
+        for name in names:
             axes.annotate(name, (truth[name], means[name]), fontsize=6)
         tau = rank_metrics(means, truth)["kendall_tau"]
         axes.set(xlabel="ground truth: test accuracy trained alone", ylabel=label,

@@ -4,7 +4,7 @@
     python retrain.py --config 5,3,2 --dataset cifar10 --seeds 3
     torchrun --nproc-per-node=6 retrain.py --from runs/mixture-cifar10
 
---from takes the data settings and --width over from the search, unless they are given here.
+--from takes the settings of the data and the network over from the search, unless given here.
 Writes runs/retrain-<dataset>/: config.json, results.csv (a row a finished network), log.jsonl (a
 line an epoch), result.json (mean and standard deviation of the test accuracy, gap to the default,
 cost of both). The same command continues a stopped run.
@@ -13,13 +13,13 @@ Source: arXiv:2306.11982, section 4 (retraining).
 from pathlib import Path
 from statistics import mean
 
-from common import (Parser, ResNet20, Run, UserError, config_name, count_macs, load_dataset,
-                    make_network, number, parse_config, rank, read_json, run_script, spread,
-                    train_stand_alone)
+from common import (Parser, Run, UserError, config_name, load_dataset, number, parse_config, rank,
+                    read_json, run_script, search_space, world)
+from train_exhaustive import spread, train_stand_alone
 
 
 def arguments():
-    parser = Parser(__doc__, search=False)
+    parser = Parser(__doc__, search=False, configs=False)
     group = parser.add_argument_group("stage 3")
     source = group.add_mutually_exclusive_group(required=True)
     source.add_argument("--from", dest="source", metavar="RUN", help="run folder of a search")
@@ -37,7 +37,8 @@ def arguments():
         if pick is None:
             raise UserError(f"{folder}/result.json names no pick: --from takes a search's folder")
         parser.set_defaults(**{key: settings[key] for key in (
-            "dataset", "data_dir", "image_size", "num_train", "width") if key in settings})
+            "dataset", "data_dir", "image_size", "num_train", "arch", "num_resolutions",
+            "downsample", "width") if key in settings})
         args = parser.parse_args()
         args.config = pick
     return args
@@ -45,40 +46,38 @@ def arguments():
 
 def main() -> None:
     args = arguments()
-    found = parse_config(args.config)
-    configs = list(dict.fromkeys([found, ResNet20.default_config]))
     train, test = load_dataset(args)
+    space = search_space(args, train, supernet=False)
+    found = parse_config(args.config, space.default)
+    configs = list(dict.fromkeys([found, space.default]))
     run = Run("retrain", args)
-    size = train.images.shape[1]
-    print(f"{' and '.join(map(config_name, configs))} x {args.seeds} seeds on {args.dataset}: "
-          f"{len(train)} training and {len(test)} test images {size}x{size}, {train.num_classes} "
-          f"classes, {args.epochs} epochs; {args.device}, {args.threads} threads; writing to "
-          f"{run.folder}", flush=True)
+    print(f"{args.arch}, {' and '.join(map(config_name, configs))} x {args.seeds} seeds on "
+          f"{args.dataset}: {len(train)} training and {len(test)} test images "
+          f"{train.size}x{train.size}, {train.num_classes} classes, {args.epochs} epochs; "
+          f"{world} x {args.device}, {args.threads} threads; writing to {run.folder}", flush=True)
     seeds = range(args.seed, args.seed + args.seeds)
-    rows = train_stand_alone(run, args, train, test,
+    rows = train_stand_alone(run, args, space, train, test,
                              [(config, seed) for seed in seeds for config in configs])
     if rank:
         return  # rank 0 reports
 
-    network = make_network(args, train.num_classes, False, args.seed)
     summary = {}
     for config in configs:
         values = [row["test_accuracy"] for row in rows
                   if row["config"] == config_name(config) and row["seed"] in seeds]
         summary[config_name(config)] = {
             "test_accuracy": mean(values), "std": spread(values), "seeds": len(values),
-            "parameters": sum(p.numel() for p in network.parameters()),
-            "macs": count_macs(network, config, size)}
-    default = config_name(ResNet20.default_config)
-    gap = summary[args.config]["test_accuracy"] - summary[default]["test_accuracy"]
-    run.save("result.json", {"found": args.config, "default": default, "gap": gap,
+            "parameters": space.parameters, "macs": space.macs[config]}
+    default = config_name(space.default)
+    gap = summary[config_name(found)]["test_accuracy"] - summary[default]["test_accuracy"]
+    run.save("result.json", {"found": config_name(found), "default": default, "gap": gap,
                              "configs": summary})
     print(f"\n{'configuration':13}  {'test accuracy':>17}  seeds  parameters  Mmult-adds")
     for name, entry in summary.items():
         print(f"{name:13}  {entry['test_accuracy']:8.4f} +- {entry['std']:.4f}  "
               f"{entry['seeds']:5}  {entry['parameters']:10,}  {entry['macs'] / 1e6:10.1f}"
               + ("  default" if name == default else ""))
-    print(f"\n{args.config} is {gap:+.4f} against the default (in {run.folder}/result.json)")
+    print(f"\n{config_name(found)} is {gap:+.4f} against the default (in {run.folder}/result.json)")
 
 
 if __name__ == "__main__":

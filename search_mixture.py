@@ -18,11 +18,11 @@ import math
 
 import torch
 
-from common import (Config, Gather, Gauge, Images, Learner, Parser, ResNet20, Run, UserError,
-                    collect, config_name, cosine, count_macs, enumerate_configs, evaluate_configs,
-                    expected_time, finish_search, load_dataset, make_network, number, progress,
-                    rank, rank_metrics, read_ground_truth, read_steps, report_search, run_script,
-                    save_figure, split_for_search, stream, world)
+from common import (Config, Gather, Gauge, Images, Learner, Parser, Run, UserError, collect,
+                    config_name, cosine, evaluate_configs, expected_time, finish_search,
+                    load_dataset, make_network, number, progress, rank, rank_metrics,
+                    read_ground_truth, read_steps, report_search, run_script, save_figure,
+                    search_space, split_for_search, stream, world)
 
 # Rounds between two exchanges of scores. The draws of an interval use the scores that were known
 # when the one before it began, so they are 8 to 16 rounds old (of 196 in an epoch of CIFAR-10), and
@@ -35,10 +35,11 @@ def arguments():
     search = parser.add_argument_group("mixture")
     search.add_argument("--num-supernets", type=number(int, 1), default=4, metavar="M",
                         help="supernets in the mixture")
-    search.add_argument("--temperature", type=number(float, 0), nargs=2, default=[1.0, 100.0],
-                        metavar=("FIRST", "LAST"), help="of the assignment, linear over the epochs")
-    search.add_argument("--decay", type=number(float, 0, 1), default=0.9,
-                        help="d of the moving average of accuracies")
+    search.add_argument("--temperature", type=number(float, 0), nargs=2, metavar=("FIRST", "LAST"),
+                        help="of the assignment, linear over the epochs; None: by network, "
+                        "1 100, resnet18 1 150, resnet50 1 300")
+    search.add_argument("--decay", type=number(float, 0, 1), help="d of the moving average of "
+                        "accuracies; None: 0.9, food101 0.95")
     search.add_argument("--tolerance", type=number(float, 0), default=1e-4,
                         help="balance until KL(P(m) || uniform) is at most this")
     search.add_argument("--no-balance", dest="balance", action="store_false",
@@ -137,14 +138,14 @@ def plot_assignment(run: Run, configs: list[Config]) -> None:
 
 def main() -> None:
     args = arguments()
-    configs = enumerate_configs(ResNet20.num_layers, len(ResNet20.default_config))
-    names, count = [config_name(config) for config in configs], args.num_supernets
+    train, _ = load_dataset(args)
+    space = search_space(args, train, supernet=True)
+    configs, macs, count = space.configs, space.macs, args.num_supernets
+    names = [config_name(config) for config in configs]
     if count > len(configs):
         raise UserError(f"--num-supernets {count}: at most {len(configs)}, one a configuration")
-    train, _ = load_dataset(args)
-    classes, size = train.num_classes, train.images.shape[1]
     train, validation = split_for_search(train, args)
-    truth = read_ground_truth(args.ground_truth, configs)
+    truth = read_ground_truth(args.ground_truth, space)
     if count % world:
         raise UserError(f"{world} ranks cannot share --num-supernets {count} equally: start a "
                         "number of processes that divides it")
@@ -153,7 +154,7 @@ def main() -> None:
         return report_search(run, args, truth)
 
     own = range(rank * count // world, (rank + 1) * count // world)  # this rank's supernets
-    learners = {m: Learner(make_network(args, classes, True, m), args) for m in own}
+    learners = {m: Learner(make_network(args, train, True, m), args) for m in own}
     start, state = 0, run.load("checkpoint.pt")
     merged = torch.ones(len(configs), count, dtype=torch.float64)  # W of all ranks
     if state:
@@ -165,18 +166,17 @@ def main() -> None:
     if rank == 0:
         run.trim_log(lambda line: line["epoch"] <= start)
 
-    network = learners[own.start].network
-    macs = [count_macs(network, config, size) for config in configs]
     rounds = math.ceil(len(train) / args.batch_size)
     snapshots = {round(1 + part * (args.epochs - 1) / 5) for part in range(6)}
-    mean_macs, passes = sum(macs) / len(macs), (args.epochs - start) * count * len(train)
-    expected = expected_time(learners[own.start], train, args.batch_size, mean_macs * passes,
-                             mean_macs * (passes + len(configs) * len(validation)))
-    print(f"mixture of {count} supernets on {args.dataset}: {len(train)} training and "
-          f"{len(validation)} validation images {size}x{size}, {classes} classes; {len(configs)} "
-          f"configurations; {sum(p.numel() for p in network.parameters()):,} parameters a "
-          f"supernet; {world} x {args.device}, {args.threads} threads\nepochs {start + 1} to "
-          f"{args.epochs}, {rounds} rounds of {count} steps each; expected time {expected}; "
+    all_macs = sum(macs[config] for config in configs)
+    steps_macs = all_macs / len(configs) * (args.epochs - start) * count * len(train)
+    expected = expected_time(
+        learners[own.start], train, args.batch_size, space, steps_macs,
+        steps_macs + min(all_macs, count * space.tree_macs) * len(validation))
+    print(f"mixture of {count} supernets, {args.arch} on {args.dataset}: {len(train)} training and "
+          f"{len(validation)} validation images {train.size}x{train.size}, {train.num_classes} "
+          f"classes; {space}; {world} x {args.device}, {args.threads} threads\nepochs {start + 1} "
+          f"to {args.epochs}, {rounds} rounds of {count} steps each; expected time {expected}; "
           f"writing to {run.folder}", flush=True)
 
     gauge = Gauge(args.device)
@@ -202,7 +202,7 @@ def main() -> None:
                 update_score(scores, c, m - own.start, numbers[2], args.decay)
                 record[m].append((f"epoch {epoch + 1}, round {begin + i // count + 1}, "
                                   f"configuration {names[c]}, supernet {m}", numbers))
-                gauge.macs += 4 * macs[c] * len(train) / rounds
+                gauge.macs += 4 * macs[configs[c]] * len(train) / rounds
                 bar.update(world)  # on rank 0; the others are about as fast
             merged = merge(known)
             bar.set_postfix_str(f"epoch {epoch + 1}, utilisation {gauge.utilisation:.2f}", False)
@@ -237,7 +237,7 @@ def main() -> None:
     if rank == 0:
         run.save("supernets.pt", [state for part in weights for state in part])
         plot_assignment(run, configs)
-    finish_search(run, configs, accuracies, owners, macs)
+    finish_search(run, space, accuracies, owners)
     report_search(run, args, truth)
 
 

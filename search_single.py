@@ -15,27 +15,27 @@ import math
 
 import torch
 
-from common import (Gauge, Learner, Parser, ResNet20, Run, UserError, config_name, cosine,
-                    count_macs, enumerate_configs, evaluate_configs, expected_time, finish_search,
-                    load_dataset, make_network, progress, rank_metrics, read_ground_truth,
-                    read_steps, report_search, run_script, split_for_search, stream, world)
+from common import (Gauge, Learner, Parser, Run, UserError, config_name, cosine, evaluate_configs,
+                    expected_time, finish_search, load_dataset, make_network, progress,
+                    rank_metrics, read_ground_truth, read_steps, report_search, run_script,
+                    search_space, split_for_search, stream, world)
 
 
 def main() -> None:
     args = Parser(__doc__, search=True).parse_args()
     if world > 1:
         raise UserError("there is one supernet to train: start it without torchrun")
-    configs = enumerate_configs(ResNet20.num_layers, len(ResNet20.default_config))
-    names = [config_name(config) for config in configs]
     train, _ = load_dataset(args)
-    classes, size = train.num_classes, train.images.shape[1]
+    space = search_space(args, train, supernet=True)
+    configs, macs = space.configs, space.macs
+    names = [config_name(config) for config in configs]
     train, validation = split_for_search(train, args)
-    truth = read_ground_truth(args.ground_truth, configs)
+    truth = read_ground_truth(args.ground_truth, space)
     run = Run("single", args)
     if run.load("result.json"):
         return report_search(run, args, truth)
 
-    learner = Learner(make_network(args, classes, True, 0), args)
+    learner = Learner(make_network(args, train, True, 0), args)
     supernet = learner.network
     start, state = 0, run.load("checkpoint.pt")
     if state:
@@ -43,17 +43,16 @@ def main() -> None:
         learner.load_state_dict(state["learner"])
     run.trim_log(lambda line: line["epoch"] <= start)
 
-    macs = [count_macs(supernet, config, size) for config in configs]
     steps = math.ceil(len(train) / args.batch_size)
-    mean_macs = sum(macs) / len(macs)
-    expected = expected_time(learner, train, args.batch_size,
+    mean_macs = sum(macs[config] for config in configs) / len(configs)
+    expected = expected_time(learner, train, args.batch_size, space,
                              mean_macs * (args.epochs - start) * len(train),
-                             mean_macs * len(configs) * len(validation))
-    print(f"one supernet on {args.dataset}: {len(train)} training and {len(validation)} validation "
-          f"images {size}x{size}, {classes} classes; {len(configs)} configurations; "
-          f"{sum(p.numel() for p in supernet.parameters()):,} parameters; {args.device}, "
-          f"{args.threads} threads\nepochs {start + 1} to {args.epochs}, {steps} steps each; "
-          f"expected time {expected}; writing to {run.folder}", flush=True)
+                             space.tree_macs * len(validation))
+    print(f"one supernet, {args.arch} on {args.dataset}: {len(train)} training and "
+          f"{len(validation)} validation images {train.size}x{train.size}, {train.num_classes} "
+          f"classes; {space}; {args.device}, {args.threads} threads\nepochs {start + 1} to "
+          f"{args.epochs}, {steps} steps each; expected time {expected}; writing to {run.folder}",
+          flush=True)
 
     gauge = Gauge(args.device)
     bar = progress(total=args.epochs * steps, initial=start * steps, unit="step")
@@ -67,7 +66,7 @@ def main() -> None:
         for step, c in enumerate(drawn[:steps]):
             where = f"epoch {epoch + 1}, step {step + 1}, configuration {names[c]}, supernet 0"
             record.append((where, learner.step(*next(batches), configs[c], lr)))
-            gauge.macs += 3 * macs[c] * len(train) / steps
+            gauge.macs += 3 * macs[configs[c]] * len(train) / steps
             bar.update()
 
         loss, hit = (read_steps(record).sum(0) / steps).tolist()
@@ -92,7 +91,7 @@ def main() -> None:
     accuracies = evaluate_configs(supernet, configs,
                                   validation.evaluation_batches(args.batch_size))
     run.save("supernets.pt", [supernet.state_dict()])
-    finish_search(run, configs, accuracies, [0] * len(configs), macs)
+    finish_search(run, space, accuracies, [0] * len(configs))
     report_search(run, args, truth)
 
 

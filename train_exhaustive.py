@@ -10,32 +10,124 @@ result.json (best first), ranking.png. The same command, also with more --seeds 
 skips what is finished and continues what was interrupted.
 Source: arXiv:2306.11982, section 4 (brute force).
 """
+import argparse
+import csv
+import math
 from statistics import mean
 
-from common import (Parser, ResNet20, Run, by_config, config_name, enumerate_configs, load_dataset,
-                    number, parse_config, plot_results, rank, run_script, spread,
-                    train_stand_alone)
+import numpy as np
+import torch
+
+from common import (Config, Gauge, Images, Learner, Parser, Run, Space, barrier, by_config,
+                    config_name, deal, evaluate_configs, expected_time, load_dataset, make_network,
+                    number, parse_config, plot_results, progress, rank, read_results, read_steps,
+                    replacing, report_speed, run_script, search_space, stream, world)
+
+COLUMNS = ("config", "seed", "test_accuracy", "train_accuracy", "train_loss")  # of results.csv
+
+
+def train_stand_alone(run: Run, args: argparse.Namespace, space: Space, train: Images,
+                      test: Images, pairs: list[tuple[Config, int]]) -> list[dict]:
+    """Stages 1 and 3: train a network of its own for every (configuration, seed), and write each
+    finished one to results.csv at once. Finished pairs are skipped, an interrupted one continues.
+    Returns the rows of results.csv when all ranks are done.
+
+    Protocol (paper): SGD, learning rate x0.1 at 40, 60, 80 and 90 % of the epochs, the accuracy
+    of the last epoch on the test images.
+    """
+    path = run.folder / "results.csv"
+
+    def finished() -> set:
+        rows = read_results(path) if path.exists() else []
+        return {(row["config"], row["seed"]) for row in rows}
+
+    done, steps = finished(), math.ceil(len(train) / args.batch_size)
+    todo = [pair for pair in pairs if (config_name(pair[0]), pair[1]) not in done]
+    if todo:
+        probe = Learner(make_network(args, train, False), args)
+        total = sum(space.macs[config] for config, _ in todo)
+        expected = expected_time(probe, train, args.batch_size, space,
+                                 total * len(train) * args.epochs, total * len(test))
+        print(f"{len(pairs) - len(todo)} finished, {len(todo)} to train; expected time {expected}",
+              flush=True)
+        gauge = Gauge(args.device)
+    bar = progress(total=len(todo) * args.epochs * steps, unit="step")
+    for config, seed in deal(pairs):  # the same list on every rank, however far the others are
+        name, checkpoint = config_name(config), f"checkpoint-{config_name(config)}-{seed}.pt"
+        if (name, seed) in finished():
+            continue
+        learner = Learner(make_network(args, train, False, seed), args)
+        state, start = run.load(checkpoint), 0
+        if state:
+            learner.load_state_dict(state["learner"])
+            start, loss, correct = (state[key] for key in ("epoch", "loss", "correct"))
+        run.trim_log(lambda line: (line["config"], line["seed"]) != (name, seed)
+                     or line["epoch"] <= start)
+        bar.update(start * steps)
+        for epoch in range(start, args.epochs):
+            gauge.restart()
+            passed = sum(epoch >= part * args.epochs for part in (0.4, 0.6, 0.8, 0.9))
+            lr, record, sizes = args.lr * 0.1 ** passed, [], []
+            batches = train.passes(args.batch_size, stream(seed, "batches", epoch), augment=True)
+            learner.network.train()
+            for step, (images, labels) in zip(range(steps), batches):
+                where = f"epoch {epoch + 1}, step {step + 1}, configuration {name}, seed {seed}"
+                record.append((where, learner.step(images, labels, config, lr)))
+                sizes.append(len(labels))
+                gauge.macs += 3 * space.macs[config] * len(labels)
+                bar.update(world)  # on rank 0; the others are about as fast
+            weights = torch.tensor(sizes, dtype=torch.float64) / len(train)
+            loss, correct = (weights @ read_steps(record)).tolist()
+            line = dict(config=name, seed=seed, epoch=epoch + 1, **gauge.epoch(len(train)),
+                        train_loss=loss, train_accuracy=correct, lr=lr)
+            bar.set_postfix_str(f"{name} seed {seed}, train accuracy {correct:.3f}, "
+                                f"utilisation {line['utilisation']:.2f}")
+            run.log(**line)
+            run.save(checkpoint, {"epoch": epoch + 1, "learner": learner.state_dict(),
+                                  "loss": loss, "correct": correct})
+        result = evaluate_configs(learner.network.eval(), [config],
+                                  test.evaluation_batches(args.batch_size)).item()
+        add_row(run, dict(zip(COLUMNS, (name, seed, result, correct, loss))))
+        (run.folder / checkpoint).unlink()
+    bar.close()
+    barrier()
+    report_speed(run)
+    return read_results(path)
+
+
+def add_row(run: Run, row: dict) -> None:
+    """Add a row to results.csv, sorted by seed and configuration, whichever rank was first."""
+    path = run.folder / "results.csv"
+    with run.locked():
+        rows = [*(read_results(path) if path.exists() else []), row]
+        rows.sort(key=lambda row: (row["seed"], parse_config(row["config"])))
+        with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def spread(values: list[float]) -> float:
+    """Sample standard deviation; 0 of a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def main() -> None:
     parser = Parser(__doc__, search=False)
     group = parser.add_argument_group("stage 1")
-    group.add_argument("--configs", nargs="+", metavar="N,N,N",
-                       help="train only these configurations; None: all 36")
     group.add_argument("--seeds", type=number(int, 1), default=1, metavar="N",
                        help="networks a configuration, seeds --seed, --seed + 1, ...")
     args = parser.parse_args()
-    configs = ([parse_config(text) for text in args.configs] if args.configs else
-               enumerate_configs(ResNet20.num_layers, len(ResNet20.default_config)))
     train, test = load_dataset(args)
+    space = search_space(args, train, supernet=False)
     run = Run("exhaustive", args)
-    print(f"{len(configs)} configurations x {args.seeds} seeds on {args.dataset}: {len(train)} "
-          f"training and {len(test)} test images {train.images.shape[1]}x{train.images.shape[1]}, "
-          f"{train.num_classes} classes, {args.epochs} epochs; {args.device}, {args.threads} "
-          f"threads; writing to {run.folder}", flush=True)
+    print(f"{args.arch} x {args.seeds} seeds on {args.dataset}: {len(train)} training and "
+          f"{len(test)} test images {train.size}x{train.size}, {train.num_classes} classes, "
+          f"{args.epochs} epochs; {space}; {world} x {args.device}, {args.threads} threads; "
+          f"writing to {run.folder}", flush=True)
     # seeds outside: the first pass over the configurations is already a ground truth
-    rows = train_stand_alone(run, args, train, test, [
-        (config, args.seed + i) for i in range(args.seeds) for config in configs])
+    rows = train_stand_alone(run, args, space, train, test, [
+        (config, args.seed + i) for i in range(args.seeds) for config in space.configs])
     if rank:
         return  # rank 0 reports
 
@@ -45,8 +137,8 @@ def main() -> None:
     run.save("result.json", {"ranking": [
         {"config": name, "test_accuracy": means[name], "std": spread(values[name]),
          "seeds": len(values[name])} for name in order]})
-    plot_results(run.folder / "ranking.png", values, "test accuracy")
-    default = config_name(ResNet20.default_config)
+    default = config_name(space.default)
+    plot_results(run.folder / "ranking.png", values, "test accuracy", default)
     print(f"\n{'rank':>4}  {'configuration':13}  {'test accuracy':>13}  {'std':>6}  seeds")
     for place, name in enumerate(order, 1):
         if place <= 10 or place == len(order) or name == default:

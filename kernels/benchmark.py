@@ -141,7 +141,8 @@ def measure_layer(clock, args, dtype, text, downsample) -> dict:
 def measure_step(clock, args, config) -> dict:
     """The whole training step of ResNet-20 at 32x32, only the operator exchanged."""
     import common
-    network = common.ResNet20(10, supernet=True).to(args.device, memory_format=torch.channels_last)
+    network = common.ResNet("resnet20", 10, supernet=True).to(
+        args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     images = torch.randn(args.batch, 3, 32, 32, device=args.device
                          ).to(memory_format=torch.channels_last)
@@ -217,11 +218,11 @@ class OurLoop:
             self.images = common.Images(torch.from_numpy(images), torch.from_numpy(labels),
                                         torch.full((3,), 120.0), torch.full((3,), 60.0), 10, True)
             self.batches.append(self.images.passes(batch, common.stream(0), augment))
-        self.learners = [common.Learner(common.ResNet20(10, supernet=True).to(
+        self.learners = [common.Learner(common.ResNet("resnet20", 10, supernet=True).to(
             memory_format=torch.channels_last), args) for _ in range(SUPERNETS)]
         self.networks, self.batch = [learner.network for learner in self.learners], batch
         self.configs = common.enumerate_configs(10, 3)
-        self.macs = [common.count_macs(self.networks[0], config, 32) for config in self.configs]
+        self.macs, _ = common.count_macs(self.networks[0], self.configs, 32)
         self.scores = torch.ones(len(self.configs), SUPERNETS, dtype=torch.float64)
         self.args, self.taken = argparse.Namespace(balance=True, tolerance=1e-4), 0
 
@@ -287,7 +288,7 @@ class PlainLoop:
         self.train_batches = iter(loader(HALF, crop + normal, True))
         self.check_batches = iter(loader(HALF, normal, True))
         self.evaluation = loader(EVALUATED * batch, normal, False)
-        self.networks = [common.ResNet20(10, supernet=True) for _ in range(SUPERNETS)]
+        self.networks = [common.ResNet("resnet20", 10, supernet=True) for _ in range(SUPERNETS)]
         self.optimizers = [torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
                            for net in self.networks]
         self.configs = common.enumerate_configs(10, 3)

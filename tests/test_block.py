@@ -168,7 +168,7 @@ def test_gradients_of_a_step_are_as_good_as_native(digits):
     configs = ((4, 3, 3), (1, 1, 8), (7, 1, 2))
     for seed in range(2):
         torch.manual_seed(seed)
-        network = common.ResNet20(10, supernet=seed == 0)
+        network = common.ResNet("resnet20", 10, supernet=seed == 0)
         learner = common.Learner(network, arguments())
         for trained in (False, True):
             images, labels = train.batch(torch.arange(seed, len(train), 24))

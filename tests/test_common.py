@@ -42,7 +42,7 @@ def test_configurations_are_read_and_written():
     assert common.parse_config("[5, 3, 2]") == (5, 3, 2)
     for text in ("5,3,1", "5,5", "10,0,0", "a,b,c", "", "5,3,2,0", "12,-1,-1"):
         with pytest.raises(common.UserError, match="add to 10"):
-            common.parse_config(text)
+            common.parse_config(text, (4, 3, 3))
 
 
 # ---------------------------------------------------------------------------------- network
@@ -76,7 +76,7 @@ def reference_forward(state, images, config, supernet):
 @pytest.mark.parametrize("supernet", [True, False])
 def test_forward_equals_a_reference_network_for_all_configurations(supernet):
     torch.manual_seed(0)
-    network = common.ResNet20(10, 0.5, supernet).double()
+    network = common.ResNet("resnet20", 10, supernet, 0.5).double()
     for name, p in network.named_parameters():
         if "norm" in name or "shortcut.1" in name:
             torch.nn.init.normal_(p, 1.0, 0.3)
@@ -88,29 +88,29 @@ def test_forward_equals_a_reference_network_for_all_configurations(supernet):
 
 
 def test_network_has_the_papers_shape():
-    network = common.ResNet20(10)
+    network = common.ResNet("resnet20", 10)
     channels = [layer.conv.weight.shape[0] if i == 0 else layer.conv1.weight.shape[0]
                 for i, layer in enumerate(network.layers)]
     assert channels == [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
-    supernet = common.ResNet20(10, supernet=True)
+    supernet = common.ResNet("resnet20", 10, supernet=True)
     assert not any("norm" in key for key in supernet.state_dict())  # neither affine nor running
     images = torch.randn(8, 3, 16, 16)
     assert torch.equal(supernet.train()(images, (4, 3, 3)), supernet.eval()(images, (4, 3, 3)))
 
 
 def test_multiply_adds_agree_with_torchs_counter():
-    network = common.ResNet20(10)
+    network = common.ResNet("resnet20", 10)
     for config in ((1, 1, 8), (4, 3, 3), (8, 1, 1)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             network(torch.zeros(1, 3, 32, 32), config)
-        assert common.count_macs(network, config, 32) == counter.get_total_flops() // 2
+        assert common.count_macs(network, [config], 32)[0] == [counter.get_total_flops() // 2]
 
 
 # ------------------------------------------------------------------------------- evaluation
 
 def test_tree_evaluation_equals_separate_passes_exactly(small_images, monkeypatch):
     torch.manual_seed(1)
-    network = common.ResNet20(3, 0.5, supernet=True)
+    network = common.ResNet("resnet20", 3, True, 0.5)
     logits, head = [], network.head
     monkeypatch.setattr(network, "head", lambda x: logits.append(head(x)) or logits[-1])
     tree = common.evaluate_configs(network, CONFIGS, small_images.evaluation_batches(150))
@@ -127,12 +127,13 @@ def test_tree_evaluation_equals_separate_passes_exactly(small_images, monkeypatc
 
 
 def test_tree_evaluation_halves_the_work():
-    network, batch = common.ResNet20(10, supernet=True), (torch.randn(2, 3, 32, 32),
+    network, batch = common.ResNet("resnet20", 10, supernet=True), (torch.randn(2, 3, 32, 32),
                                                           torch.zeros(2, dtype=torch.long))
     with FlopCounterMode(display=False) as counter:
         common.evaluate_configs(network, CONFIGS, [batch])
-    separate = sum(2 * 2 * common.count_macs(network, config, 32) for config in CONFIGS)
-    assert separate / counter.get_total_flops() == pytest.approx(2.03, abs=0.01)
+    macs, tree_macs = common.count_macs(network, CONFIGS, 32)
+    assert 4 * tree_macs == counter.get_total_flops()
+    assert sum(macs) / tree_macs == pytest.approx(2.03, abs=0.01)
 
 
 def test_evaluation_batches_cover_all_images_once(small_images):
@@ -148,7 +149,7 @@ def test_accuracy_does_not_depend_on_the_order_of_the_images(digits):
     train, test = digits
     args = arguments("--width", "0.5", "--image-size", "16")
     train, test = common.load_dataset(args)
-    network, config = common.make_network(args, 10, True, 0), (4, 3, 3)
+    network, config = common.make_network(args, train, True, 0), (4, 3, 3)
     learner, batches = common.Learner(network, args), train.passes(64, common.stream(0), True)
     for _ in range(4 * math.ceil(len(train) / 64)):
         learner.step(*next(batches), config, 0.1)
@@ -170,7 +171,7 @@ def test_crop_and_flip_equal_torchvisions():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (20, 32, 32, 3), dtype=torch.uint8)
     offsets, flips = torch.randint(0, 9, (20, 2)), torch.rand(20) < 0.5
-    found = common.crop_and_flip(images, offsets, flips, 4)
+    found = common.crop_and_flip(images, torch.cat([offsets, flips[:, None]], 1))
     for image, (top, left), flip, got in zip(images, offsets.tolist(), flips, found):
         expected = TF.crop(TF.pad(image.permute(2, 0, 1), 4), top, left, 32, 32)
         expected = TF.hflip(expected) if flip else expected
@@ -205,19 +206,24 @@ def test_passes_cover_all_images_in_a_new_order_each_time(small_images):
 
 def test_split_is_disjoint_stratified_and_reproducible(digits):
     train, _ = digits
-    marked = common.replace(train, images=torch.arange(len(train)).view(-1, 1, 1, 1))
-    halves = common.split_for_search(marked, arguments())
-    ids = [half.images.flatten() for half in halves]
+    halves = common.split_for_search(train, arguments())
+    ids = [half.rows for half in halves]
     assert torch.equal(torch.cat(ids).sort().values, torch.arange(len(train)))
     for label in range(10):
         counts = [(half.labels == label).sum().item() for half in halves]
         assert abs(counts[0] - counts[1]) <= 1
-    again = common.split_for_search(marked, arguments())
-    other = common.split_for_search(marked, arguments("--seed", "1"))
-    assert torch.equal(ids[0], again[0].images.flatten())
-    assert not torch.equal(ids[0], other[0].images.flatten())
+    for half in halves:
+        assert torch.equal(half.labels, train.labels[half.rows])
+    again = common.split_for_search(train, arguments())
+    other = common.split_for_search(train, arguments("--seed", "1"))
+    assert torch.equal(ids[0], again[0].rows) and not torch.equal(ids[0], other[0].rows)
+    quarter = halves[1].subset(torch.arange(0, len(halves[1]), 2))
+    picked = torch.tensor([3, 0])
+    expected, labels = train.batch(quarter.rows[picked])
+    found = quarter.batch(picked)
+    assert torch.equal(found[0], expected) and torch.equal(found[1], labels)
     with pytest.raises(common.UserError, match="larger than a part of the split"):
-        common.split_for_search(marked, arguments("--batch-size", "1000"))
+        common.split_for_search(train, arguments("--batch-size", "1000"))
 
 
 def test_random_streams_are_independent():

@@ -154,7 +154,7 @@ def learner(images, amp, monkeypatch, supernet=True):
     args = arguments("--amp", amp, "--width", "0.25")
     monkeypatch.setattr(common, "precision", None)
     common.use_device(args)
-    return common.Learner(common.make_network(args, images.num_classes, supernet, 0), args)
+    return common.Learner(common.make_network(args, images, supernet, 0), args)
 
 
 @pytest.mark.parametrize("amp, tolerance", [("bf16", 2e-2), ("fp16", 3e-3)])

@@ -101,7 +101,7 @@ def test_the_ranking_can_be_redone_from_the_weights(searches):
     common.choose_kernel("auto", "cpu")
     weights = torch.load(run / "supernets.pt", weights_only=True)
     for entry in json.loads((run / "result.json").read_text())["ranking"][::6]:
-        network = common.make_network(args, 10, True, 0)
+        network = common.make_network(args, train, True, 0)
         network.load_state_dict(weights[entry["supernet"]])
         found = common.evaluate_configs(network, [common.parse_config(entry["config"])],
                                         validation.evaluation_batches(32))
