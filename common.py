@@ -13,7 +13,6 @@ import copy
 import csv
 import ctypes
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -65,9 +64,9 @@ class Stopped(Exception):
 
 def run_script(main) -> None:
     """Call `main()`, turning the expected failures into one line on stderr and an exit code."""
-    def stop(*_):
+    def terminate(*_):
         raise Stopped
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, terminate)
     try:
         join_ranks()
         main()
@@ -76,8 +75,8 @@ def run_script(main) -> None:
         code, line = getattr(error, "code", 1), f"error: {' '.join(str(error).split())}"
     except KeyboardInterrupt:
         code, line = 130, f"\ninterrupted: {how_to_go_on()}"
-    except Stopped:
-        code, line = 143, f"{why_stopped()}: {how_to_go_on()}"
+    except Stopped as stop:
+        code, line = 143, f"{why_stopped(stop)}: {how_to_go_on()}"
     except Exception:  # a mistake of ours
         code, line = 1, traceback.format_exc()
     if tell_once():
@@ -276,19 +275,6 @@ def barrier() -> None:
     Gather(torch.zeros(1)).result()
 
 
-def collect(content) -> list | None:
-    """The content (what torch.save takes) of every rank on rank 0, tensors on the CPU."""
-    buffer, found = io.BytesIO(), [None] * world
-    torch.save(content, buffer)
-    if store:
-        barrier()  # here a dead rank is noticed
-        dist.gather_object(buffer.getvalue(), found if rank == 0 else None)
-    else:
-        found = [buffer.getvalue()]
-    return None if rank else [torch.load(io.BytesIO(part), map_location="cpu", weights_only=True)
-                              for part in found]
-
-
 @contextmanager
 def rank_0_first() -> Iterator[None]:
     """Rank 0 does it before the others: it may download, build or write what they only read."""
@@ -316,20 +302,22 @@ def tell_once() -> bool:
         return True
 
 
-def why_stopped() -> str:
+def why_stopped(stop: Stopped) -> str:
     """Which rank of this machine is gone, if it is that."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun is about to send it
-    time.sleep(0.5)  # until then torchrun has noticed, too
-    for other in range(world if store else 0):
-        try:
-            node, pid = store.get(f"process {other}").decode().rsplit(" ", 1)
-            if node == platform.node():
-                os.kill(int(pid), 0)
-        except ProcessLookupError:
-            return f"error: rank {other} (process {pid}) has died"
-        except RuntimeError:
-            return "error: torchrun has died"
-    return "stopped"
+    lost = stop.__cause__ is not None  # a connection broke; torchrun need not know that yet
+    for _ in range(100 if lost else 1):
+        for other in range(world if store else 0):
+            try:
+                node, pid = store.get(f"process {other}").decode().rsplit(" ", 1)
+                if node == platform.node():
+                    os.kill(int(pid), 0)
+            except ProcessLookupError:
+                return f"error: rank {other} (process {pid}) has died"
+            except RuntimeError:
+                return "error: torchrun has died"
+        time.sleep(0.1)
+    return "error: a rank on another machine has died" if lost else "stopped"
 
 
 def how_to_go_on() -> str:

@@ -14,11 +14,13 @@ supernets.pt (the weights), result.json (the ranking and the pick), ranking.png,
 The same command, with any number of ranks, continues a stopped run.
 Source: arXiv:2306.11982, section 3 (the mixture and its balance).
 """
+import io
 import math
 
 import torch
+import torch.distributed as dist
 
-from common import (Config, Gather, Gauge, Images, Learner, Parser, Run, UserError, collect,
+from common import (Config, Gather, Gauge, Images, Learner, Parser, Run, UserError, barrier,
                     config_name, cosine, evaluate_configs, expected_time, finish_search,
                     load_dataset, make_network, number, progress, rank, rank_metrics,
                     read_ground_truth, read_steps, report_search, run_script, save_figure,
@@ -102,6 +104,19 @@ def search_step(learner: Learner, training, checking, config: Config, lr: float)
     loss, training accuracy, a. Nothing in it waits for the device."""
     trained = learner.step(*next(training), config, lr)
     return torch.cat([trained, learner.check(*next(checking), config)[None]])
+
+
+def collect(content) -> list | None:
+    """The content (what torch.save takes) of every rank on rank 0, tensors on the CPU."""
+    buffer, found = io.BytesIO(), [None] * world
+    torch.save(content, buffer)
+    if world > 1:
+        barrier()  # here a dead rank is noticed
+        dist.gather_object(buffer.getvalue(), found if rank == 0 else None)
+    else:
+        found = [buffer.getvalue()]
+    return None if rank else [torch.load(io.BytesIO(part), map_location="cpu", weights_only=True)
+                              for part in found]
 
 
 def merge(gathered: Gather) -> torch.Tensor:
