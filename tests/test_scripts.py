@@ -262,12 +262,13 @@ def test_overwrite_starts_anew(searches, tmp_path):
     ("search_mixture", ["--epochs", "1", "--num-supernets", "1"]), ("retrain", ["--config", "x"])])
 def test_a_stage_script_needs_common_py_and_nothing_else(stage, argv, tmp_path):
     """Copied alone into an empty folder it runs (or finds the mistake it was given), and importing
-    it writes nothing and prints nothing."""
-    for file in ("common.py", f"{stage}.py"):
+    it writes nothing and prints nothing. Stage 3 also needs stage 1, whose training it does."""
+    files = ["common.py", f"{stage}.py"] + ["train_exhaustive.py"] * (stage == "retrain")
+    for file in files:
         shutil.copy(ROOT / file, tmp_path)
     done = subprocess.run([sys.executable, "-B", "-c", f"import {stage}"], cwd=tmp_path,
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == len(files)
     done = shell(f"{stage}.py", *SMALL, *argv, cwd=tmp_path, root=tmp_path)
     assert done.returncode == (0 if "search" in stage else 2), done.stderr
