@@ -234,6 +234,8 @@ def join_ranks() -> None:
     global store
     if world > 1:
         store, *_ = next(dist.rendezvous("env://"))
+        # it may outlive a restart: addresses, counts and errors of the dead must not be found
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         store.set(f"process {rank}", f"{platform.node()} {os.getpid()}")
         # only a dead rank ends a wait, and its connection closes
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world,
