@@ -700,13 +700,14 @@ def search_space(args: argparse.Namespace, images: Images, supernet: bool) -> Sp
     configs = [parse_config(text, default) for text in args.configs] if args.configs else \
         enumerate_configs(layers, resolutions)
     try:
-        macs, tree_macs = count_macs(network, configs, images.size)
-        (default_macs,), _ = count_macs(network, [default], images.size)
+        counts, tree_macs = count_macs(network, configs, images.size)
+        macs = dict(zip(configs, counts))
+        if default not in macs:
+            (macs[default],), _ = count_macs(network, [default], images.size)
     except RuntimeError as error:
         raise UserError(f"{images.size}x{images.size} images are too small for {resolutions} "
                         "resolutions") from error
-    return Space(configs, default, {default: default_macs, **dict(zip(configs, macs))}, tree_macs,
-                 sum(p.numel() for p in network.parameters()))
+    return Space(configs, default, macs, tree_macs, sum(p.numel() for p in network.parameters()))
 
 
 # --------------------------------------------------------------------------------- networks
@@ -910,8 +911,9 @@ def count_macs(network: Network, configs: list[Config], image_size: int) -> tupl
 
     for config in configs:
         x, total, prefix = torch.zeros(2, 3, image_size, image_size, device="meta"), 0, ()
+        downsampling = downsampling_layers(config)
         for depth in range(len(network.layers) + 1):
-            downsample = network.downsample if depth in downsampling_layers(config) else "none"
+            downsample = network.downsample if depth in downsampling else "none"
             x, macs = run(depth, x, downsample)
             total, prefix = total + macs, (*prefix, downsample)
             tree[prefix] = macs

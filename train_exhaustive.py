@@ -35,13 +35,9 @@ def train_stand_alone(run: Run, args: argparse.Namespace, space: Space, train: I
     Protocol (paper): SGD, learning rate x0.1 at 40, 60, 80 and 90 % of the epochs, the accuracy
     of the last epoch on the test images.
     """
-    path = run.folder / "results.csv"
-
-    def finished() -> set:
-        rows = read_results(path) if path.exists() else []
-        return {(row["config"], row["seed"]) for row in rows}
-
-    done, steps = finished(), math.ceil(len(train) / args.batch_size)
+    path, steps = run.folder / "results.csv", math.ceil(len(train) / args.batch_size)
+    rows = read_results(path) if path.exists() else []
+    done, pairs = {(row["config"], row["seed"]) for row in rows}, list(dict.fromkeys(pairs))
     todo = [pair for pair in pairs if (config_name(pair[0]), pair[1]) not in done]
     if todo:
         probe = Learner(make_network(args, train, False), args)
@@ -54,7 +50,7 @@ def train_stand_alone(run: Run, args: argparse.Namespace, space: Space, train: I
     bar = progress(total=len(todo) * args.epochs * steps, unit="step")
     for config, seed in deal(pairs):  # the same list on every rank, however far the others are
         name, checkpoint = config_name(config), f"checkpoint-{config_name(config)}-{seed}.pt"
-        if (name, seed) in finished():
+        if (name, seed) in done:
             continue
         learner = Learner(make_network(args, train, False, seed), args)
         state, start = run.load(checkpoint), 0
