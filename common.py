@@ -387,23 +387,29 @@ class Images:
         sides = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], 1).clamp(max=1)
         return torch.cat([torch.stack(places, 1) * (1 - sides), sides, flips], 1)
 
-    def passes(self, batch_size: int, rng: torch.Generator, augment: bool) -> Iterator:
-        """Batches without end: pass after pass over all images, each in a new random order and cut
-        into ceil(n / batch_size) batches of near-equal size. What is random is drawn and moved to
-        the device once a pass, so that no batch makes the CPU wait for the device."""
-        parts = math.ceil(len(self) / batch_size)
+    def num_batches(self, batch_size: int) -> int:
+        """Batches of near-equal size in a pass: ceil(n / batch_size), or fewer so that none is of a
+        single image, which has no batch statistics where a feature map is 1x1."""
+        return max(min(math.ceil(len(self) / batch_size), len(self) // 2), 1)
+
+    def passes(self, batch_size: int, order: torch.Generator,
+               crops: torch.Generator | None = None) -> Iterator:
+        """Batches without end: pass after pass over all images, each in a new random `order`,
+        augmented if there is a stream for the `crops`. What is random is drawn and moved to the
+        device once a pass, so that no batch makes the CPU wait for the device."""
+        parts = self.num_batches(batch_size)
         while True:
-            index = torch.randperm(len(self), generator=rng).to(self.labels.device)
-            crops = self.draw_crops(len(self), rng).to(self.mean.device).tensor_split(parts) \
-                if augment else [None] * parts
-            yield from map(self.batch, index.tensor_split(parts), crops)
+            index = torch.randperm(len(self), generator=order).to(self.labels.device)
+            cut = self.draw_crops(len(self), crops).to(self.mean.device).tensor_split(parts) \
+                if crops else [None] * parts
+            yield from map(self.batch, index.tensor_split(parts), cut)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches that cover every image once, always the same for the same n: shuffled and of
         near-equal size, since supernets normalise with the statistics of the batch, and a
         class-sorted batch or a last one of three images would falsify them."""
-        batches = self.passes(batch_size, stream(0, "evaluation"), augment=False)
-        for _ in progress(range(math.ceil(len(self) / batch_size)), "evaluating", leave=False):
+        batches = self.passes(batch_size, stream(0, "evaluation"))
+        for _ in progress(range(self.num_batches(batch_size)), "evaluating", leave=False):
             yield next(batches)
 
 
@@ -882,12 +888,12 @@ class ResNet(Network):
 ARCHS = {name: partial(ResNet, name) for name in RESNETS}
 
 
-def make_network(args: argparse.Namespace, images: Images, supernet: bool, *key: str | int,
+def make_network(args: argparse.Namespace, images: Images, supernet: bool, seed: int = 0,
                  device: str | None = None) -> Network:
-    """The network of --arch for these images, on --device in channels_last, initialised from the
-    stream ("weights", *key)."""
+    """The network of --arch for these images, on --device in channels_last; seed: of its initial
+    weights, `stream_seed(..., "weights", ...)`."""
     with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
-        torch.manual_seed(stream_seed(args.seed, "weights", *key))
+        torch.manual_seed(seed)
         network = ARCHS[args.arch](images.num_classes, supernet=supernet, width=args.width,
                                    downsample=args.downsample, image_size=images.size)
     return network.to(device or args.device, memory_format=torch.channels_last)
@@ -1109,7 +1115,7 @@ def expected_time(learner: Learner, images: Images, batch_size: int, space: Spac
     backward ones implied) and plain forward passes, at the speed of one step of a throw-away copy.
     """
     probe, config = copy.deepcopy(learner), space.default
-    x, labels = next(images.passes(batch_size, stream(0), augment=False))
+    x, labels = next(images.passes(batch_size, stream(0)))
     seconds = []
     for _ in range(3):
         start = time.perf_counter()

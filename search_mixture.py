@@ -24,7 +24,7 @@ from common import (Config, Gather, Gauge, Images, Learner, Parser, Run, UserErr
                     config_name, cosine, evaluate_configs, expected_time, finish_search,
                     load_dataset, make_network, number, progress, rank, rank_metrics,
                     read_ground_truth, read_steps, report_search, run_script, save_figure,
-                    search_space, split_for_search, stream, world)
+                    search_space, split_for_search, stream, stream_seed, world)
 
 # Rounds between two exchanges of scores. The draws of an interval use the scores that were known
 # when the one before it began, so they are 8 to 16 rounds old (of 196 in an epoch of CIFAR-10), and
@@ -169,7 +169,8 @@ def main() -> None:
         return report_search(run, args, truth)
 
     own = range(rank * count // world, (rank + 1) * count // world)  # this rank's supernets
-    learners = {m: Learner(make_network(args, train, True, m), args) for m in own}
+    learners = {m: Learner(make_network(args, train, True, stream_seed(args.seed, "weights", m)),
+                           args) for m in own}
     start, state = 0, run.load("checkpoint.pt")
     merged = torch.ones(len(configs), count, dtype=torch.float64)  # W of all ranks
     if state:
@@ -181,7 +182,7 @@ def main() -> None:
     if rank == 0:
         run.trim_log(lambda line: line["epoch"] <= start)
 
-    rounds = math.ceil(len(train) / args.batch_size)
+    rounds = train.num_batches(args.batch_size)
     snapshots = {round(1 + part * (args.epochs - 1) / 5) for part in range(6)}
     all_macs = sum(macs[config] for config in configs)
     steps_macs = all_macs / len(configs) * (args.epochs - start) * count * len(train)
@@ -202,10 +203,10 @@ def main() -> None:
         temperature = first + (last - first) * epoch / max(args.epochs - 1, 1)
         lr = cosine(*args.lr, epoch, args.epochs)
         # a random stream per purpose, supernet and epoch
-        draws, batches, checks = ([stream(args.seed, name, m, epoch) for m in range(count)]
-                                  for name in ("draws", "batches", "checks"))
-        training = {m: train.passes(args.batch_size, batches[m], augment=True) for m in own}
-        checking = {m: validation.passes(args.batch_size, checks[m], augment=False) for m in own}
+        draws, order, crops, checks = ([stream(args.seed, name, m, epoch) for m in range(count)]
+                                       for name in ("draws", "order", "crops", "checks"))
+        training = {m: train.passes(args.batch_size, order[m], crops[m]) for m in own}
+        checking = {m: validation.passes(args.batch_size, checks[m]) for m in own}
         record = {m: [] for m in own}
         for begin in range(0, rounds, INTERVAL):
             assignment, known = assign(merged, temperature, args), Gather(scores)

@@ -11,14 +11,12 @@ supernets.pt (the weights), result.json (the ranking and the pick), ranking.png.
 continues a stopped run.
 Source: arXiv:2306.11982, section 3; Guo et al., arXiv:1904.00420.
 """
-import math
-
 import torch
 
 from common import (Gauge, Learner, Parser, Run, UserError, config_name, cosine, evaluate_configs,
                     expected_time, finish_search, load_dataset, make_network, progress,
                     rank_metrics, read_ground_truth, read_steps, report_search, run_script,
-                    search_space, split_for_search, stream, world)
+                    search_space, split_for_search, stream, stream_seed, world)
 
 
 def main() -> None:
@@ -35,7 +33,7 @@ def main() -> None:
     if run.load("result.json"):
         return report_search(run, args, truth)
 
-    learner = Learner(make_network(args, train, True, 0), args)
+    learner = Learner(make_network(args, train, True, stream_seed(args.seed, "weights", 0)), args)
     supernet = learner.network
     start, state = 0, run.load("checkpoint.pt")
     if state:
@@ -43,7 +41,7 @@ def main() -> None:
         learner.load_state_dict(state["learner"])
     run.trim_log(lambda line: line["epoch"] <= start)
 
-    steps = math.ceil(len(train) / args.batch_size)
+    steps = train.num_batches(args.batch_size)
     mean_macs = sum(macs[config] for config in configs) / len(configs)
     expected = expected_time(learner, train, args.batch_size, space,
                              mean_macs * (args.epochs - start) * len(train),
@@ -59,9 +57,9 @@ def main() -> None:
     for epoch in range(start, args.epochs):
         gauge.restart()
         record, lr = [], cosine(*args.lr, epoch, args.epochs)
-        draws, batches, checks = (stream(args.seed, name, 0, epoch)
-                                  for name in ("draws", "batches", "checks"))
-        batches = train.passes(args.batch_size, batches, augment=True)
+        draws, order, crops, checks = (stream(args.seed, name, 0, epoch)
+                                       for name in ("draws", "order", "crops", "checks"))
+        batches = train.passes(args.batch_size, order, crops)
         drawn = torch.randint(len(configs), (steps + 10,), generator=draws).tolist()
         for step, c in enumerate(drawn[:steps]):
             where = f"epoch {epoch + 1}, step {step + 1}, configuration {names[c]}, supernet 0"
@@ -72,7 +70,7 @@ def main() -> None:
         loss, hit = (read_steps(record).sum(0) / steps).tolist()
         line = dict(epoch=epoch + 1, **gauge.epoch(len(train)))
         # SPOS validates at its end only: a glance, one draw on each of ten batches
-        batches = validation.passes(args.batch_size, checks, augment=False)
+        batches = validation.passes(args.batch_size, checks)
         checked = torch.stack([learner.check(*next(batches), configs[c]) for c in drawn[steps:]])
         line |= dict(train_loss=loss, train_accuracy=hit, val_accuracy=checked.mean().item(),
                      lr=lr)

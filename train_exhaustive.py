@@ -12,7 +12,6 @@ Source: arXiv:2306.11982, section 4 (brute force).
 """
 import argparse
 import csv
-import math
 from statistics import mean
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 from common import (Config, Gauge, Images, Learner, Parser, Run, Space, barrier, by_config,
                     config_name, deal, evaluate_configs, expected_time, load_dataset, make_network,
                     number, parse_config, plot_results, progress, rank, read_results, read_steps,
-                    replacing, report_speed, run_script, search_space, stream, world)
+                    replacing, report_speed, run_script, search_space, stream, stream_seed, world)
 
 COLUMNS = ("config", "seed", "test_accuracy", "train_accuracy", "train_loss")  # of results.csv
 
@@ -35,7 +34,7 @@ def train_stand_alone(run: Run, args: argparse.Namespace, space: Space, train: I
     Protocol (paper): SGD, learning rate x0.1 at 40, 60, 80 and 90 % of the epochs, the accuracy
     of the last epoch on the test images.
     """
-    path, steps = run.folder / "results.csv", math.ceil(len(train) / args.batch_size)
+    path, steps = run.folder / "results.csv", train.num_batches(args.batch_size)
     rows = read_results(path) if path.exists() else []
     done, pairs = {(row["config"], row["seed"]) for row in rows}, list(dict.fromkeys(pairs))
     todo = [pair for pair in pairs if (config_name(pair[0]), pair[1]) not in done]
@@ -52,7 +51,7 @@ def train_stand_alone(run: Run, args: argparse.Namespace, space: Space, train: I
         name, checkpoint = config_name(config), f"checkpoint-{config_name(config)}-{seed}.pt"
         if (name, seed) in done:
             continue
-        learner = Learner(make_network(args, train, False, seed), args)
+        learner = Learner(make_network(args, train, False, stream_seed(seed, "weights")), args)
         state, start = run.load(checkpoint), 0
         if state:
             learner.load_state_dict(state["learner"])
@@ -64,7 +63,8 @@ def train_stand_alone(run: Run, args: argparse.Namespace, space: Space, train: I
             gauge.restart()
             passed = sum(epoch >= part * args.epochs for part in (0.4, 0.6, 0.8, 0.9))
             lr, record, sizes = args.lr * 0.1 ** passed, [], []
-            batches = train.passes(args.batch_size, stream(seed, "batches", epoch), augment=True)
+            order, crops = (stream(seed, name, epoch) for name in ("order", "crops"))
+            batches = train.passes(args.batch_size, order, crops)
             learner.network.train()
             for step, (images, labels) in zip(range(steps), batches):
                 where = f"epoch {epoch + 1}, step {step + 1}, configuration {name}, seed {seed}"

@@ -213,11 +213,11 @@ class OurLoop:
             common.keep_freed_memory()
         args = argparse.Namespace(device="cpu", amp="off", momentum=0.9, weight_decay=0.0)
         self.batches = []
-        for augment in (True, False):
+        for crops in (common.stream(1), None):
             images, labels = random_images(HALF)
             self.images = common.Images(torch.from_numpy(images), torch.from_numpy(labels),
                                         torch.full((3,), 120.0), torch.full((3,), 60.0), 10, True)
-            self.batches.append(self.images.passes(batch, common.stream(0), augment))
+            self.batches.append(self.images.passes(batch, common.stream(0), crops))
         self.learners = [common.Learner(common.ResNet("resnet20", 10, supernet=True).to(
             memory_format=torch.channels_last), args) for _ in range(SUPERNETS)]
         self.networks, self.batch = [learner.network for learner in self.learners], batch

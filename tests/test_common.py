@@ -150,7 +150,7 @@ def test_accuracy_does_not_depend_on_the_order_of_the_images(digits):
     args = arguments("--width", "0.5", "--image-size", "16")
     train, test = common.load_dataset(args)
     network, config = common.make_network(args, train, True, 0), (4, 3, 3)
-    learner, batches = common.Learner(network, args), train.passes(64, common.stream(0), True)
+    learner, batches = common.Learner(network, args), train.passes(64, common.stream(0), common.stream(1))
     for _ in range(4 * math.ceil(len(train) / 64)):
         learner.step(*next(batches), config, 0.1)
 
@@ -192,15 +192,15 @@ def test_batches_are_normalised_augmented_and_channels_last(small_images):
 
 def test_passes_cover_all_images_in_a_new_order_each_time(small_images):
     marked = common.replace(small_images, labels=torch.arange(400))
-    batches = marked.passes(128, common.stream(1), True)
+    batches = marked.passes(128, common.stream(1), common.stream(2))
     found = [next(batches) for _ in range(8)]
     assert [len(labels) for _, labels in found] == [100] * 8  # near-equal, not 128 and a rest
     first, second = (torch.cat([labels for _, labels in found[i:i + 4]]) for i in (0, 4))
     assert torch.equal(first.sort().values, torch.arange(400)) and not torch.equal(first, second)
     assert torch.equal(second.sort().values, torch.arange(400))
-    plain, labels = next(marked.passes(128, common.stream(1), False))
+    plain, labels = next(marked.passes(128, common.stream(1)))
     assert torch.equal(plain, marked.batch(labels)[0])
-    again = marked.passes(128, common.stream(1), True)
+    again = marked.passes(128, common.stream(1), common.stream(2))
     assert all(torch.equal(images, next(again)[0]) for images, _ in found)
 
 

@@ -241,7 +241,7 @@ def test_resized_crops_have_torchvisions_ranges(small_images):
     assert 0.749 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.334
     batch, _ = images.batch(torch.arange(400), crops[:400])
     assert batch.shape == (400, 3, 16, 16) and batch.isfinite().all()
-    assert next(images.passes(64, common.stream(1), True))[0].shape[1:] == (3, 16, 16)
+    assert next(images.passes(64, common.stream(1), common.stream(2)))[0].shape[1:] == (3, 16, 16)
 
 
 def test_a_cache_larger_than_memory_allows_is_mapped(tmp_path):
@@ -265,11 +265,11 @@ if sys.argv[2] == "mapped":
 train, test = common.load_dataset(args)
 assert isinstance(train.images, torch.Tensor) and len(train) == 2000
 train, validation = common.split_for_search(train, args)
-images, labels = next(validation.passes(8, common.stream(0), False))
+images, labels = next(validation.passes(8, common.stream(0)))
 assert ((images[0] - images[0].mean()).abs().max() > 0.5).item()
 row = validation.rows[3]
 assert np.array_equal(train.images[row].numpy(), pixels + np.uint8(row % 256))
-next(train.passes(8, common.stream(0), True))
+next(train.passes(8, common.stream(0), common.stream(1)))
 """
     for way, works in (("mapped", True), ("read", False)):
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path), way], cwd=ROOT,

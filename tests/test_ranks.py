@@ -222,7 +222,8 @@ def test_no_step_waits_for_the_device(device, amp, small_images, monkeypatch):
         subject.network.to("meta")
     images = common.replace(small_images, **{key: getattr(small_images, key).to(device)
                                              for key in ("images", "labels", "mean", "std")})
-    training, checking = (images.passes(50, common.stream(i), augment=i == 0) for i in range(2))
+    training, checking = (images.passes(50, common.stream(i), crops)
+                          for i, crops in enumerate((common.stream(2), None)))
     scores = torch.ones(36, 2, dtype=torch.float64, device=device)
     for step in range(6):
         with NoWaiting() if step else contextlib.nullcontext():
