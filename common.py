@@ -9,6 +9,7 @@ Architecture", arXiv:2306.11982; "the paper" below.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import ctypes
@@ -19,6 +20,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,9 +29,9 @@ import time
 import traceback
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -58,25 +60,31 @@ class TrainingError(UserError):
     code = 1
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # whoever catches every Exception must not swallow it
     """SIGTERM, or another rank is gone: printed as one line, exit code 143."""
 
 
 def run_script(main) -> None:
     """Call `main()`, turning the expected failures into one line on stderr and an exit code."""
     def terminate(*_):
+        end_children("self")
         raise Stopped
     signal.signal(signal.SIGTERM, terminate)
+    for output in (sys.stdout, sys.stderr):  # a path may hold what they cannot print
+        output.reconfigure(errors="backslashreplace")
     try:
         join_ranks()
         main()
         return
-    except (UserError, OSError) as error:
-        code, line = getattr(error, "code", 1), f"error: {' '.join(str(error).split())}"
-    except KeyboardInterrupt:
-        code, line = 130, f"\ninterrupted: {how_to_go_on()}"
-    except Stopped as stop:
-        code, line = 143, f"{why_stopped(stop)}: {how_to_go_on()}"
+    except UserError as error:
+        code, line = error.code, f"error: {' '.join(str(error).split())}"
+    except OSError as error:  # the disk is full, say
+        code, line = 1, f"error: {error}; {how_to_go_on()}"
+    except (KeyboardInterrupt, Stopped) as stop:
+        for signum in (signal.SIGINT, signal.SIGTERM):  # torchrun is about to send it, too
+            signal.signal(signum, signal.SIG_IGN)
+        code = 130 if isinstance(stop, KeyboardInterrupt) else 143
+        line = "\n" * sys.stderr.isatty() + f"{why_stopped(stop)}: {how_to_go_on()}"
     except Exception:  # a mistake of ours
         code, line = 1, traceback.format_exc()
     if tell_once():
@@ -84,6 +92,15 @@ def run_script(main) -> None:
     if store:
         os._exit(code)  # an ordinary exit would wait for the other ranks' messages
     sys.exit(code)
+
+
+def end_children(pid: str) -> None:
+    """SIGTERM to all descendants: the kernels' compilers would outlive us."""
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it has ended by itself
+            for child in path.read_text().split():
+                end_children(child)
+                os.kill(int(child), signal.SIGTERM)
 
 
 # Defaults by network and by data set (which decides where both do): the paper's protocol where it
@@ -123,8 +140,8 @@ class Parser(argparse.ArgumentParser):
         add("--dataset", default="digits", metavar="NAME|FOLDER", help=", ".join(PROTOCOLS)
             + ", or a folder with train/<class>/*.png|jpg and test/<class>/")
         add("--data-dir", default="data", help="where data sets and their caches are kept")
-        add("--image-size", type=number(int, 8), metavar="N", help="resample the images to NxN "
-            "(area filter); None: native, 32; food101: 64 for resnet20, else 224")
+        add("--image-size", type=number(int, 8, 1024), metavar="N", help="resample the images to "
+            "NxN (area filter); None: native, 32; food101: 64 for resnet20, else 224")
         add("--num-train", type=number(int, 2), metavar="N",
             help="use N of the training images, stratified by class; None: all")
         add = self.add_argument_group("network").add_argument
@@ -133,13 +150,14 @@ class Parser(argparse.ArgumentParser):
             help="how often it pools, plus 1; None: 3 for resnet20, else 4")
         add("--downsample", choices=["maxpool", "stride"], help="a 2x2 max-pool before the layer, "
             "or stride 2 in its 3x3 convolution; None: maxpool for resnet20, else stride")
-        add("--width", type=number(float, 0.0625), default=1.0, help="multiplier on the channels")
+        add("--width", type=number(float, 0.0625, 16), default=1.0,
+            help="multiplier on the channels")
         if configs:
             add("--configs", nargs="+", metavar="N,N,N",
                 help="only these pooling configurations; None: all")
         self.set_defaults(configs=None)
         add = self.add_argument_group("training").add_argument
-        add("--epochs", type=number(int, 1), help="passes over the training images; " + by
+        add("--epochs", type=number(int, 1, 10 ** 6), help="passes over the training images; " + by
             + "digits 8 (searches), 6; cifar10 100, 200")
         add("--batch-size", type=number(int, 2), help=by + "128, for digits 32")
         if search:
@@ -167,7 +185,7 @@ class Parser(argparse.ArgumentParser):
             help="pooling + convolution; auto: fused (kernels/) on a CPU, native ops on a GPU")
         add("--amp", choices=["off", "bf16", "fp16"], default="off",
             help="autocast of the network; scores and batch statistics stay in full precision")
-        add("--threads", type=number(int, 1), default=torch.get_num_threads(),
+        add("--threads", type=number(int, 1, 1024), default=torch.get_num_threads(),
             help="of the CPU, for each process")
 
     def error(self, message: str):
@@ -183,19 +201,22 @@ class Parser(argparse.ArgumentParser):
         if world > 1 and found.device == "cuda":  # several ranks may share a GPU
             found.device = f"cuda:{local_rank % max(torch.cuda.device_count(), 1)}"
         try:
-            torch.empty(1, device=found.device)
-        except (RuntimeError, AssertionError) as error:
+            torch.zeros(1, device=found.device).item()
+        except Exception as error:  # torch raises many kinds
             raise UserError(f"--device {found.device}: {str(error).splitlines()[0]}") from error
         return found
 
 
-def number(kind: type, low: float, high: float = math.inf):
+def number(kind: type, low: float, high: float | None = None):
     """An argparse type: a finite `kind` (int or float) in low..high."""
+    if high is None:
+        high = sys.float_info.max if kind is float else 2 ** 63 - 1
+
     def parse(text: str):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            bounds = f"at least {low}" if high == math.inf else f"in {low}..{high}"
-            raise argparse.ArgumentTypeError(f"{text}: must be {bounds}")
+        if not low <= value <= high:  # neither for a NaN
+            raise argparse.ArgumentTypeError(
+                f"{text}: must be at " + (f"most {high}" if value > high else f"least {low}"))
         return value
     parse.__name__ = kind.__name__  # argparse names the type by it
     return parse
@@ -277,7 +298,7 @@ def barrier() -> None:
     Gather(torch.zeros(1)).result()
 
 
-@contextmanager
+@contextlib.contextmanager
 def rank_0_first() -> Iterator[None]:
     """Rank 0 does it before the others: it may download, build or write what they only read."""
     if rank:
@@ -304,9 +325,10 @@ def tell_once() -> bool:
         return True
 
 
-def why_stopped(stop: Stopped) -> str:
+def why_stopped(stop: KeyboardInterrupt | Stopped) -> str:
     """Which rank of this machine is gone, if it is that."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun is about to send it
+    if isinstance(stop, KeyboardInterrupt):
+        return "interrupted"
     lost = stop.__cause__ is not None  # a connection broke; torchrun need not know that yet
     for _ in range(100 if lost else 1):
         for other in range(world if store else 0):
@@ -323,11 +345,13 @@ def why_stopped(stop: Stopped) -> str:
 
 
 def how_to_go_on() -> str:
-    found = sorted(Run.folder.glob("checkpoint*.pt"), key=os.path.getmtime) if Run.folder else []
-    if not found:
-        return "there is no checkpoint yet"
-    epoch = torch.load(found[-1], map_location="cpu", weights_only=True)["epoch"]
-    return f"the same command continues from {found[-1]}, epoch {epoch}"
+    found = Run.folder.glob("checkpoint*.pt") if Run.folder else []
+    for path in sorted(found, key=os.path.getmtime, reverse=True):
+        try:
+            return f"the same command continues from {path}, epoch {read_file(path)['epoch']}"
+        except UserError:
+            pass  # damaged
+    return "there is no checkpoint yet"
 
 
 # ------------------------------------------------------------------------------------- data
@@ -446,30 +470,32 @@ def resized_crop_and_flip(images: torch.Tensor, crops: torch.Tensor) -> torch.Te
 
 def load_dataset(args: argparse.Namespace) -> tuple[Images, Images]:
     """(train, test) of --dataset on --device, resampled to --image-size, cut to --num-train."""
-    name, data_dir, size = args.dataset, Path(args.data_dir), args.image_size
+    name, data_dir, size, key = args.dataset, Path(args.data_dir), args.image_size, "train_labels"
     with rank_0_first():
         if name == "digits":
             arrays = _read_digits()
         elif name in PROTOCOLS:
             path = data_dir / (f"{name}-{size}.npz" if name == "food101" else f"{name}.npz")
             arrays = _cached(path, partial(_torchvision, name, data_dir, size))
-        elif Path(name).is_dir():
+        elif os.path.isdir(name):
             folder = Path(name).resolve()
-            path = folder.with_name(f"{folder.name}-{size or 32}.npz")
-            if path.exists() and path.stat().st_mtime < max(
-                    p.stat().st_mtime for p in (folder, *folder.rglob("*"))):
-                path.unlink()  # the folder is newer
-            arrays = _cached(path, partial(_folder, folder, size or 32))
+            where = hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]  # others may have its name
+            arrays = _cached(data_dir / f"{folder.name}-{where}-{size or 32}.npz",
+                             partial(_folder, folder, size or 32),
+                             newest=max((os.lstat(path).st_mtime for part in ("train", "test")
+                                         for depth in (part, f"{part}/*", f"{part}/*/*")
+                                         for path in folder.glob(depth)), default=0.0))
         else:
             raise UserError(f"unknown data set {name!r}: choose {', '.join(PROTOCOLS)}, or give a "
                             "folder that holds train/<class>/ and test/<class>/")
-    classes = int(arrays["train_labels"].max()) + 1
+    classes = int(arrays[key].max()) + 1
     if classes < 2:
         raise UserError(f"{name}: there is only one class, a classifier needs two")
-    if args.num_train not in (None, len(arrays["train_labels"])):
-        kept, _ = stratified_split(arrays["train_labels"], args.num_train,
-                                   stream_seed(args.seed, "subset"))
-        arrays |= {key: arrays[key][kept] for key in ("train_images", "train_labels")}
+    if args.num_train not in (None, len(arrays[key])):
+        kept, _ = stratified_split(arrays[key], args.num_train, stream_seed(args.seed, "subset"))
+        arrays |= {part: arrays[part][kept] for part in ("train_images", "train_labels")}
+    if len(np.unique(arrays[key])) < classes:
+        raise UserError(f"--num-train {args.num_train}: too few for each of {classes} classes")
     if size:
         arrays |= {key: _resample(arrays[key], size) for key in ("train_images", "test_images")}
     pixels = arrays["train_images"]
@@ -511,34 +537,33 @@ def split_for_search(train: Images, args: argparse.Namespace) -> tuple[Images, I
     if args.batch_size > min(map(len, parts)):
         raise UserError(f"--batch-size {args.batch_size} is larger than a part of the split "
                         f"({len(parts[0])} training, {len(parts[1])} validation images)")
-    return tuple(train.subset(part) for part in parts)
+    halves = tuple(train.subset(part) for part in parts)
+    if any(len(half.labels.unique()) < train.num_classes for half in halves):
+        raise UserError(f"--split {args.split}: a class has too few images to be in both parts")
+    return halves
 
 
-def _cached(path: Path, source) -> dict[str, np.ndarray]:
+def _cached(path: Path, source, newest: float = 0.0) -> dict[str, np.ndarray]:
     """The arrays of the cache `path`, which is made of `source(part)`, part "train" or "test",
-    where it does not exist: (count, iterator of (uint8 (H,H,3), label))."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-            for part in ("train", "test"):
-                count, pairs = source(part)
-                labels = []  # image after image: a large set would not fit the memory
-                with archive.open(f"{part}_images.npy", "w", force_zip64=True) as member:
-                    for image, label in progress(pairs, f"reading {part}", total=count):
-                        if not labels:
-                            np.lib.format.write_array_header_1_0(member, {
-                                "descr": "|u1", "fortran_order": False,
-                                "shape": (count, *image.shape)})
-                        member.write(image.tobytes())
-                        labels.append(label)
-                with archive.open(f"{part}_labels.npy", "w") as member:
-                    np.lib.format.write_array(member, np.array(labels, dtype=np.int64))
+    where it does not exist or is older than `newest`: (count, iterator of (uint8 (H,H,3), label)).
+    """
+    def usable() -> bool:
+        return os.path.exists(path) and path.stat().st_mtime >= newest
+    try:
+        if not usable():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with lock(path.with_name(f"{path.name}.lock")):
+                if not usable():  # another process may just have made it
+                    _write_cache(path, source)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
     try:
         arrays = _read_npz(path)
         known, size = np.unique(arrays["train_labels"]), arrays["train_images"].shape[1]
         for part in ("train", "test"):
             images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-            if images.dtype != np.uint8 or images.shape != (len(images), size, size, 3):
+            if images.dtype != np.uint8 or images.shape != (len(images), size, size, 3) \
+                    or not images.size:
                 raise ValueError(f"{part}_images: {images.dtype} {images.shape}, not uint8 NHHC")
             if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not labels.size:
                 raise ValueError(f"{part}_labels: {labels.dtype} {labels.shape}, not integers (N,)")
@@ -551,15 +576,33 @@ def _cached(path: Path, source) -> dict[str, np.ndarray]:
     return arrays
 
 
+def _write_cache(path: Path, source) -> None:
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for part in ("train", "test"):
+            count, pairs = source(part)
+            labels = []  # image after image: a large set would not fit the memory
+            with archive.open(f"{part}_images.npy", "w", force_zip64=True) as member:
+                for image, label in progress(pairs, f"reading {part}", total=count):
+                    if not labels:
+                        np.lib.format.write_array_header_1_0(member, {
+                            "descr": "|u1", "fortran_order": False,
+                            "shape": (count, *image.shape)})
+                    member.write(image.tobytes())
+                    labels.append(label)
+            with archive.open(f"{part}_labels.npy", "w") as member:
+                np.lib.format.write_array(member, np.array(labels, dtype=np.int64))
+
+
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, memory-mapped if it is larger than a quarter of the memory."""
+    """The arrays of an .npz file, memory-mapped if they take more than a quarter of the memory."""
     names, arrays = ("train_images", "train_labels", "test_images", "test_labels"), {}
-    if path.stat().st_size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in names}
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        for name in names:
-            info = archive.getinfo(f"{name}.npy")
+        members = {name: archive.getinfo(f"{name}.npy") for name in names}
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if sum(info.file_size for info in members.values()) <= memory // 4:
+            with np.load(file, allow_pickle=False) as loaded:
+                return {name: loaded[name] for name in names}
+        for name, info in members.items():
             if info.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{name} is compressed and too large to be read")
             file.seek(info.header_offset + 26)  # zip's local header: 30 bytes, name, extra field
@@ -608,29 +651,33 @@ def _torchvision(name: str, data_dir: Path, size: int | None, part: str) -> tupl
 
 
 def _folder(folder: Path, size: int, part: str) -> tuple[int, Iterator]:
-    """The images of <part>/<class>/."""
-    from torchvision.datasets import ImageFolder
-    try:
-        train, found = (ImageFolder(str(folder / name)) for name in ("train", part))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: expected images in train/<class>/ and test/<class>/ "
-                        f"({error})") from error
-    if found.classes != train.classes or len(train.classes) < 2:
-        raise UserError(f"{folder}: train/ and test/ must hold the same two or more classes; "
-                        f"{part}/ holds {', '.join(found.classes)}")
-    return len(found), _squares(found, size)
+    """The images of <part>/<class>/. No deeper: torchvision's ImageFolder follows links in circles
+    and opens pipes, which may never end."""
+    train, found = ([path for path in sorted(folder.glob(f"{name}/*/*")) if path.is_file()
+                     and path.suffix.lower() in (".png", ".jpg", ".jpeg")]
+                    for name in ("train", part))
+    classes, here = (sorted({path.parent.name for path in paths}) for paths in (train, found))
+    if here != classes or len(classes) < 2:
+        raise UserError(f"{folder}: expected images in train/<class>/ and test/<class>/, of the "
+                        f"same two or more classes; {part}/ holds {', '.join(here) or 'none'}")
+    return len(found), _squares([(path, classes.index(path.parent.name)) for path in found], size)
 
 
 def _squares(found, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """The centre squares of a torchvision data set, resized to size x size, read in parallel."""
+    """The centre squares of pairs (image or its path, label), size x size, read in parallel."""
     from PIL import Image, ImageOps
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # over 89 million pixels
 
     def read(i: int) -> tuple[np.ndarray, int]:
+        where = f"image {i}"
         try:
             image, label = found[i]
+            if isinstance(image, Path):
+                where = image  # no other formats: some would start a program
+                image = Image.open(image, formats=("PNG", "JPEG"))
             image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BOX)
-        except (OSError, Image.DecompressionBombError) as error:
-            raise UserError(f"cannot read an image: {error}") from error
+        except Exception as error:  # a damaged file raises many kinds
+            raise UserError(f"cannot read {where}: {error}") from error
         return np.asarray(image), label
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(found), 256):  # not all at once: they would fill the memory
@@ -640,9 +687,13 @@ def _squares(found, size: int) -> Iterator[tuple[np.ndarray, int]]:
 def _resample(images: np.ndarray, size: int) -> np.ndarray:
     if images.shape[1] == size:
         return images
-    parts = [F.interpolate(part.permute(0, 3, 1, 2).float(), size=(size, size), mode="area")
-             for part in torch.from_numpy(images).split(1000)]
-    return torch.cat([part.round().byte() for part in parts]).permute(0, 2, 3, 1).numpy()
+    found = np.empty((len(images), size, size, 3), np.uint8)
+    step = max(1, 2 ** 22 // max(size, images.shape[1]) ** 2)  # all as floats might not fit
+    for i in range(0, len(images), step):
+        part = torch.from_numpy(images[i:i + step]).permute(0, 3, 1, 2).float()
+        part = F.interpolate(part, size=(size, size), mode="area")
+        found[i:i + step] = part.round().byte().permute(0, 2, 3, 1)
+    return found
 
 
 # --------------------------------------------------------------------------- configurations
@@ -703,8 +754,8 @@ def search_space(args: argparse.Namespace, images: Images, supernet: bool) -> Sp
         raise UserError(f"--num-resolutions {resolutions}: {args.arch} has {layers} layers")
     if resolutions != len(default):
         default = tuple(map(len, np.array_split(range(layers), resolutions)))
-    configs = [parse_config(text, default) for text in args.configs] if args.configs else \
-        enumerate_configs(layers, resolutions)
+    configs = list(dict.fromkeys(parse_config(text, default) for text in args.configs)) \
+        if args.configs else enumerate_configs(layers, resolutions)
     try:
         counts, tree_macs = count_macs(network, configs, images.size)
         macs = dict(zip(configs, counts))
@@ -930,20 +981,21 @@ def count_macs(network: Network, configs: list[Config], image_size: int) -> tupl
 @torch.inference_mode()
 def evaluate_configs(network: Network, configs: list[Config],
                      batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Accuracy of every configuration over all (images, labels) batches: float64 (len(configs),).
+    """Which images each configuration gets right, over all (images, labels) batches: bool (C,n) on
+    the CPU. Its accuracies are the means of the rows.
 
     Up to their first different pooling, configurations have the same activations, so they are
     walked as a tree of shared prefixes: 2.03x fewer multiply-adds for the 36 of ResNet-20. Exact:
     every layer sees the very inputs it would see in a pass of its own, batch statistics included.
     """
-    correct, count = [0] * len(configs), 0
+    correct = [[] for _ in configs]
     downsampling = [downsampling_layers(config) for config in configs]
 
     def walk(x: torch.Tensor, depth: int, members: list[int]):
         if depth == len(network.layers):
-            hits = (network.head(x).argmax(1) == labels).sum()  # stays on the device
+            hits = network.head(x).argmax(1) == labels  # stays on the device
             for i in members:
-                correct[i] = hits + correct[i]
+                correct[i].append(hits)
             return
         for here, downsample in ((False, "none"), (True, network.downsample)):
             group = [i for i in members if (depth in downsampling[i]) == here]
@@ -953,8 +1005,7 @@ def evaluate_configs(network: Network, configs: list[Config],
     for images, labels in batches:
         with autocast(images.device):
             walk(images, 0, list(range(len(configs))))
-        count += len(labels)
-    return torch.stack(correct).cpu().double() / count
+    return torch.stack([torch.cat(parts) for parts in correct]).cpu()
 
 
 def choose_kernel(kernel: str, device: str) -> str:
@@ -1090,17 +1141,22 @@ def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (logits.argmax(1) == labels).double().mean()
 
 
-def read_steps(steps: list[tuple[str, torch.Tensor]]) -> torch.Tensor:
+def read_steps(steps: list[tuple[str, torch.Tensor]], network: nn.Module) -> torch.Tensor:
     """What an epoch's steps left on the device, as rows on the CPU: (steps, numbers of a step).
 
-    steps: (where, numbers) with the loss first. TrainingError naming the first step whose loss is
-    not finite.
+    steps: (where, numbers) with the loss first. TrainingError naming the first step whose numbers
+    are not finite, or the last one if the network's weights are not.
     """
+    if not steps:
+        return torch.zeros(0, 3, dtype=torch.float64)
     values = torch.stack([numbers for _, numbers in steps]).cpu()
-    for (where, _), loss in zip(steps, values[:, 0].tolist()):
-        if not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss} at {where}; the checkpoint of the last epoch "
-                                "is kept; a smaller learning rate usually helps")
+    wrong = [("the loss or an accuracy", where) for (where, _), row in zip(steps, values)
+             if not row.isfinite().all()]
+    if not wrong and not all(value.isfinite().all() for value in network.state_dict().values()):
+        wrong = [("a weight", steps[-1][0])]
+    if wrong:
+        raise TrainingError("{} is not finite at {}; the checkpoint of the last epoch is kept; a "
+                            "smaller learning rate usually helps".format(*wrong[0]))
     return values
 
 
@@ -1124,18 +1180,79 @@ def expected_time(learner: Learner, images: Images, batch_size: int, space: Spac
     speed = min(seconds) / (len(x) * space.macs[config]) / world
     return timedelta(seconds=round(speed * (training_macs + forward_macs / 3)))
 
+
 # ------------------------------------------------------------------------------- run folder
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+FORMAT = 1  # of a run's files; those of another one are refused
+
+
+@contextlib.contextmanager
+def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """A temporary path that takes the place of `path` when the block ends without an error, so
-    that no reader and no kill ever meets half a file."""
-    temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
+    that no reader, no kill and no power cut ever meets half a file. One writer at a time.
+    previous: where to keep what is replaced."""
+    temporary = path.with_name(f"tmp-{path.name}")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def lock(path: Path, wait: bool = True):
+    """The file `path`, open and locked until it is closed: by the kernel, if its process dies.
+    BlockingIOError without `wait` if another one has it."""
+    import fcntl
+    file = open(path, "a")
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    return file
+
+
+def seal(content: dict) -> dict:
+    """`content`, which JSON can hold, with a checksum that `unseal` checks."""
+    text = json.dumps(content, sort_keys=True, allow_nan=False)
+    return content | {"checksum": f"{zlib.crc32(text.encode()):08x}"}
+
+
+def unseal(content: dict) -> dict:
+    """What was sealed; ValueError if it changed since."""
+    if not isinstance(content, dict):
+        raise ValueError("not an object")
+    bare = {key: value for key, value in content.items() if key != "checksum"}
+    if seal(bare) != content:
+        raise ValueError("its checksum does not match")
+    return bare
+
+
+def save_tensors(content, file) -> None:
+    """torch.save to an open file. Where that fails, torch raises an error of its own; this raises
+    the reason: a full disk, or a signal."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        raise error.__context__ or error
+
+
+def read_file(path: Path) -> dict:
+    """What `Run.save` wrote; nothing in it is executed. UserError if it is damaged or foreign."""
+    try:
+        if path.suffix == ".pt":
+            with zipfile.ZipFile(path) as archive:  # torch.load does not check its checksums
+                if damaged := archive.testzip():
+                    raise ValueError(f"checksum of {damaged}")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            content = unseal(json.loads(path.read_text()))
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"not of format {FORMAT}, of these scripts")
+        return content
+    except Exception as error:  # many kinds
+        raise UserError(f"{path} is damaged or foreign ({str(error)[:80]}): move it away, and the "
+                        "command that wrote it goes on without it") from error
 
 
 class Run:
@@ -1143,104 +1260,126 @@ class Run:
 
     Opened again with the same settings it continues; UserError, naming the differences, if they
     differ, unless --overwrite. What does not change a result, or only extends it, may differ.
+    record: what result.json needs to be redone: settings, versions, a hash of the data.
     """
     not_compared = {"out", "overwrite", "data_dir", "device", "threads", "ground_truth",
                     "rank_every", "config", "seeds", "source"}
-    files = ("config.json", "log.jsonl", "result.json", "results.csv", "supernets.pt",
-             "checkpoint*.pt", "*.png", "tmp-*", "lock")
+    files = ("config.json", "log.jsonl", "result.json", "results.csv", "*.pt", "*.png", "tmp-*")
 
     folder: Path | None = None
 
-    def __init__(self, stage: str, args: argparse.Namespace):
+    def __init__(self, stage: str, args: argparse.Namespace, data: tuple[Images, Images]):
         use_device(args)
         self.folder = Run.folder = Path(args.out or f"runs/{stage}-{Path(args.dataset).name}")
-        extensible = {"configs"} if stage == "exhaustive" else set()
-        settings = {"stage": stage} | {k: v for k, v in vars(args).items()
-                                       if k not in self.not_compared | extensible}
         with rank_0_first():
             if rank == 0:
-                self._open(settings, args)
+                settings = {"stage": stage, "data": fingerprint(data)} | vars(args)
+                self.record = {"settings": settings} | _environment(args)
+                try:
+                    self._open(settings, {"configs"} if stage == "exhaustive" else set())
+                except BlockingIOError as error:
+                    raise UserError(f"another process is writing to {self.folder}: choose another "
+                                    "--out, or wait for it") from error
+                except OSError as error:
+                    raise UserError(f"--out {self.folder} is not writable: {error}") from error
 
-    def _open(self, settings: dict, args: argparse.Namespace) -> None:
+    def _open(self, settings: dict, extensible: set[str]) -> None:
         # torchrun may restart what has died, with the same arguments: only the first is anew
-        overwrite = args.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        known = self.load("config.json")
-        if known is not None and not args.overwrite:
-            before = known.get("settings", {})
+        overwrite = settings["overwrite"] and \
+            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if not settings["overwrite"] and (known := self.load("config.json")):
+            before = known["settings"]
             differing = [f"{k} {before.get(k)} there, {settings.get(k)} now"
                          for k in sorted(before.keys() | settings.keys())
-                         if before.get(k) != settings.get(k)]
+                         if k not in self.not_compared | extensible
+                         and before.get(k) != settings.get(k)]
             if differing:
                 raise UserError(f"{self.folder} holds a run with other settings "
                                 f"({'; '.join(differing)}): choose another --out, or --overwrite")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if overwrite:
-                for path in itertools.chain(*(self.folder.glob(name) for name in self.files)):
-                    path.unlink()
-            self.save("config.json", {"settings": settings} | _environment(args))
-        except OSError as error:
-            raise UserError(f"--out {self.folder} is not writable: {error}") from error
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.owned = lock(self.folder / "lock", wait=False)
+        for name in self.files if overwrite else self.files[-1:]:  # what a kill left half-written
+            for path in self.folder.glob(name):
+                path.unlink()
+        self.save("config.json", self.record)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """One rank at a time changes a file that all write; the kernel unlocks it for the dead."""
-        import fcntl
-        with open(self.folder / "lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+    def locked(self):
+        """One rank at a time changes a file that all write."""
+        return lock(self.folder / "lock-write")
 
-    def save(self, name: str, content) -> None:
-        """Write `content` as JSON or, for *.pt, with torch.save."""
-        with replacing(self.folder / name) as temporary:
+    def save(self, name: str, content, previous: str | None = None) -> None:
+        """Write `content` as sealed JSON or, for *.pt, with torch.save; see `replacing`."""
+        if isinstance(content, dict):
+            content = {"format": FORMAT} | content
+        with replacing(self.folder / name, previous and self.folder / previous) as temporary:
             if name.endswith(".pt"):
-                with open(temporary, "wb") as file:  # given a path, its name would be in the file
-                    torch.save(content, file)
+                with open(temporary, "wb") as file:
+                    save_tensors(content, file)
             else:
-                temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+                temporary.write_text(json.dumps(seal(content), indent=1) + "\n")
 
     def load(self, name: str) -> dict | None:
         """What `save` wrote; None if it did not; UserError if that is damaged."""
         path = self.folder / name
-        if not path.exists():
-            return None
-        if not name.endswith(".pt"):
-            return read_json(path)
+        return read_file(path) if os.path.exists(path) else None
+
+    def checkpoint_names(self, key: str) -> tuple[str, str]:
+        """Of the last checkpoint and the one before; key: "" or "-<network>"."""
+        return f"checkpoint{key}.pt", f"checkpoint{key}-previous.pt"
+
+    def save_checkpoint(self, key: str = "", **state) -> None:
+        last, previous = self.checkpoint_names(key)
+        self.save(last, state, previous)
+
+    def drop_checkpoint(self, key: str) -> None:
+        for name in self.checkpoint_names(key):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def load_checkpoint(self, key: str = "") -> dict | None:
+        """The last checkpoint, or the one before if that is all there is; None without one.
+        UserError if it is damaged, offering the other."""
+        names = [name for name in self.checkpoint_names(key) if (self.folder / name).exists()]
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file raises many kinds
-            raise UserError(f"{path} is damaged ({type(error).__name__}): delete it to train "
-                            "again from the start") from error
+            return self.load(names[0]) if names else None
+        except UserError as error:
+            other = names[1] if len(names) > 1 else "the start"
+            raise UserError(f"{error}, from {other}") from error
 
     def log(self, **line) -> None:
         """Append a line to log.jsonl; print its numbers where no progress bar is seen."""
         with self.locked(), open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(seal(line)) + "\n")
         if not sys.stderr.isatty():
             print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                             for k, v in line.items() if not isinstance(v, (list, dict))),
                   flush=True)
 
     def read_log(self) -> list[dict]:
-        path = self.folder / "log.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may tear one
+        path, lines = self.folder / "log.jsonl", []
+        for i, line in enumerate(path.read_bytes().splitlines(True) if path.exists() else [], 1):
+            if line.endswith(b"\n") or not line.startswith(b"{"):  # a kill may tear the last one
+                try:
+                    lines.append(unseal(json.loads(line)))
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"line {i} of {path} is damaged ({error}): delete it; nothing "
+                                    "but plots depends on it") from error
+        return lines
 
     def trim_log(self, keep) -> None:
         """Drop the lines of epochs that the checkpoint does not hold and that will come again."""
         with self.locked(), replacing(self.folder / "log.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n"
+            temporary.write_text("".join(json.dumps(seal(line)) + "\n"
                                          for line in self.read_log() if keep(line)))
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-        return content
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error})") from error
+def fingerprint(data: tuple[Images, Images]) -> str:
+    """SHA-256 of the images and labels of both sets, as they are used."""
+    digest = hashlib.sha256()
+    for images in data:
+        for tensor in (images.images, images.labels):
+            digest.update(repr(tuple(tensor.shape)).encode())
+            digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def _environment(args: argparse.Namespace) -> dict:
@@ -1248,12 +1387,14 @@ def _environment(args: argparse.Namespace) -> dict:
     cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text()) if \
         Path("/proc/cpuinfo").exists() else None
     git = shutil.which("git") and subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {"command": " ".join(sys.argv), "data_dir": args.data_dir, "device": args.device,
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        cwd=Path(__file__).parent, capture_output=True, text=True)
+    return {"command": shlex.join(sys.argv), "ranks": world,
             "device_name": torch.cuda.get_device_name(args.device) if "cuda" in args.device
-            else cpu[1] if cpu else platform.machine(), "threads": args.threads, "ranks": world,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "numpy": np.__version__},
+            else cpu[1] if cpu else platform.machine(),
+            "versions": {"python": platform.python_version(), **{
+                name: str(sys.modules[name].__version__) for name in (
+                    "torch", "torchvision", "numpy", "scipy", "sklearn") if name in sys.modules}},
             "git": git.stdout.strip() if git and git.returncode == 0 else None}
 
 
@@ -1271,17 +1412,23 @@ def report_speed(run: Run) -> None:
 
 
 def read_results(path: Path) -> list[dict]:
-    """The rows of a results.csv: `config`, `seed` and `test_accuracy` (float) at least."""
+    """The rows of a results.csv: `config`, `seed` and `test_accuracy` (float, 0..1) at least; a
+    `checksum` is verified."""
     try:
         with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(file, strict=True))
         for row in rows:
+            if row.get("checksum", "") != "":  # a table made by hand need not have any
+                unseal(row)
             row["test_accuracy"] = float(row["test_accuracy"])
             row["seed"] = int(row["seed"])
             row["config"] = config_name(parse_config(row["config"]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error) as error:
-        raise UserError(f"{path} is not a table with the columns config, seed, test_accuracy "
-                        f"({type(error).__name__}: {error})") from error
+            if not 0 <= row["test_accuracy"] <= 1:
+                raise ValueError(f"{row['test_accuracy']} is not in 0..1")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, csv.Error,
+            UserError) as error:
+        raise UserError(f"{path} is damaged, or no table with the columns config, seed, "
+                        f"test_accuracy ({type(error).__name__}: {error})") from error
     return rows
 
 
@@ -1319,46 +1466,90 @@ def rank_metrics(accuracies: dict[str, float], truth: dict[str, float]) -> dict[
             "pick_rank": 1 + sum(value > pick for value in true), "regret": max(true) - pick}
 
 
-def finish_search(run: Run, space: Space, accuracies: torch.Tensor, owners: list[int]) -> None:
-    """Rank 0 writes result.json: the ranking, best first; ties keep the paper's order."""
-    if rank:
-        return
-    ranking = [{"config": config_name(config), "accuracy": float(a), "supernet": m,
-                "macs": space.macs[config]}
-               for config, a, m in zip(space.configs, accuracies, owners)]
-    ranking.sort(key=lambda entry: -entry["accuracy"])
-    run.save("result.json", {"ranking": ranking, "pick": ranking[0]["config"],
-                             "default": config_name(space.default), "metrics": None})
+def bootstrap(correct: torch.Tensor, resamples: int = 2000) -> torch.Tensor:
+    """Accuracies in `resamples` random samples, with replacement, of the n images: float64
+    (resamples,C). correct: bool (C,n), which images each configuration gets right. One sample
+    serves all configurations, so that what they share cancels in comparisons."""
+    rng, right, found = stream(0, "bootstrap"), correct.T.float(), []
+    for _ in range(resamples):  # float32 holds counts up to 2^24 exactly
+        drawn = torch.randint(len(right), (len(right),), generator=rng)
+        found.append(torch.bincount(drawn, minlength=len(right)).float() @ right)
+    return torch.stack(found).double() / len(right)
 
 
-def report_search(run: Run, args: argparse.Namespace, truth: dict[str, float] | None) -> None:
-    """Print the best ten, the default and the worst, draw the plots, say what comes next."""
+def interval(samples: torch.Tensor) -> torch.Tensor:
+    """The middle 95 % of float64 (B,...): (2,...)."""
+    return torch.quantile(samples, torch.tensor([0.025, 0.975], dtype=samples.dtype), 0)
+
+
+def finish_search(run: Run, space: Space, correct: torch.Tensor, owners: list[int],
+                  steps: torch.Tensor) -> None:
+    """Rank 0 writes result.json, the ranking, best first (ties keep the paper's order), and
+    correct.pt, `correct` in that order. steps: int64 (C,M), of training, by configuration and
+    supernet."""
     if rank:
         return
-    result = run.load("result.json")
+    samples, accuracies = bootstrap(correct), correct.double().mean(1)
+    best = (samples == samples.max(1, keepdim=True).values).double()
+    p_best, between = (best / best.sum(1, keepdim=True)).mean(0), interval(samples).T
+    order = accuracies.argsort(descending=True, stable=True).tolist()
+    ranking = [{"config": config_name(space.configs[i]), "accuracy": accuracies[i].item(),
+                "interval": between[i].tolist(), "p_best": p_best[i].item(), "supernet": owners[i],
+                "steps": steps[i].tolist(), "macs": space.macs[space.configs[i]]} for i in order]
+    run.save("correct.pt", {"correct": correct[order]})
+    run.save("result.json", run.record | {
+        "validation_images": correct.shape[1], "ranking": ranking, "pick": ranking[0]["config"],
+        "default": config_name(space.default), "metrics": None})
+
+
+def tau_interval(correct: torch.Tensor, true: list[float]) -> list[float] | None:
+    """95 % bootstrap interval, over validation images, of Kendall tau. A resample is noisier than
+    the sample, so that it lies a little low; the ground truth is taken as exact."""
+    from scipy.stats import kendalltau
+    if len(set(true)) == 1:
+        return None
+    taus = [kendalltau(row, true).statistic for row in bootstrap(correct, 1000).numpy()]
+    return interval(torch.tensor(taus)).tolist() if all(map(math.isfinite, taus)) else None
+
+
+def report_search(run: Run, args: argparse.Namespace, truth: dict[str, float] | None) -> bool:
+    """Print the best ten, the default and the worst, draw the plots, say what comes next; False
+    if the search is not finished."""
+    result, correct = run.load("result.json"), run.load("correct.pt")
+    if rank or not (result and correct):
+        return bool(result and correct)
     ranking, default = result["ranking"], result["default"]
     scores = {entry["config"]: entry["accuracy"] for entry in ranking}
     if truth:
-        result["metrics"] = rank_metrics(scores, truth)
+        result["metrics"] = rank_metrics(scores, truth) | {"kendall_tau_interval": tau_interval(
+            correct["correct"], [truth[name] for name in scores])}
         run.save("result.json", result)
+    metrics = {key: "undefined" if value is None else "{:.3f} to {:.3f}".format(*value)
+               if isinstance(value, list) else f"{value:.4g}"
+               for key, value in (result["metrics"] or {}).items()}
     plot_results(run.folder / "ranking.png", {k: [v] for k, v in scores.items()},
-                 "validation accuracy", default, truth)
-    print(f"\n{'rank':>4}  {'configuration':13}  {'accuracy':>8}  supernet  Mmult-adds"
-          + ("  ground truth" if truth else ""))
+                 "validation accuracy", default, truth,
+                 {entry["config"]: entry["interval"] for entry in ranking},
+                 f"pick: {result['pick']}, P(best) {ranking[0]['p_best']:.2f}",
+                 "Kendall tau {kendall_tau} (95 %: {kendall_tau_interval})".format_map(metrics)
+                 if metrics else "")
+    print(f"\n{'rank':>4}  {'configuration':13}  {'accuracy':>8}  {'95 % interval':>15}  "
+          f"{'P(best)':>7}  supernet  Mmult-adds" + ("  ground truth" if truth else ""))
     for place, entry in enumerate(ranking, 1):
         if place <= 10 or place == len(ranking) or entry["config"] == default:
-            print(f"{place:4}  {entry['config']:13}  {entry['accuracy']:8.4f}  "
-                  f"{entry['supernet']:8}  {entry['macs'] / 1e6:10.1f}"
+            low, high = entry["interval"]
+            print(f"{place:4}  {entry['config']:13}  {entry['accuracy']:8.4f}  {low:.4f} - "
+                  f"{high:.4f}  {entry['p_best']:7.3f}  {entry['supernet']:8}  "
+                  f"{entry['macs'] / 1e6:10.1f}"
                   + (f"  {truth[entry['config']]:12.4f}" if truth else "")
                   + ("  default" if entry["config"] == default else ""))
-    if result["metrics"]:
-        print("against the ground truth: " + ", ".join(
-            f"{k} {v:.4g}" if v is not None else f"{k} undefined"
-            for k, v in result["metrics"].items()))
+    if metrics:
+        print("against the ground truth: " + ", ".join(map(" ".join, metrics.items())))
     report_speed(run)
     print(f"pick: {result['pick']}   (all of it in {run.folder}/: result.json, *.png)")
     print(f"next: python retrain.py --from {run.folder}"
           + (f" --data-dir {args.data_dir}" if args.data_dir != "data" else ""))
+    return True
 
 
 def save_figure(figure, path: Path) -> None:
@@ -1367,12 +1558,16 @@ def save_figure(figure, path: Path) -> None:
 
 
 def plot_results(path: Path, values: dict[str, list[float]], label: str, default: str,
-                 truth: dict[str, float] | None = None) -> None:
+                 truth: dict[str, float] | None = None,
+                 intervals: dict[str, list[float]] | None = None, title: str = "",
+                 truth_title: str = "") -> None:
     """Accuracies (one or more a configuration: seeds) as a ranking, for three resolutions over the
-    triangle (n1, n2) and, with a ground truth, as a scatter plot against it (paper, figure 3)."""
+    triangle (n1, n2) and, with a ground truth, as a scatter plot against it (paper, figure 3).
+    intervals: low and high of each accuracy."""
     from matplotlib.figure import Figure
     means = {name: mean(found) for name, found in values.items()}
-    order, parts = sorted(means, key=means.get), 1 + (default.count(",") == 2) + (truth is not None)
+    order = sorted(reversed(means), key=means.get)  # of equals the first is the best
+    parts = 1 + (default.count(",") == 2) + (truth is not None)
     names = order if len(order) <= 60 else [  # of many, the best 30, the default and the worst
         name for i, name in enumerate(order) if i >= len(order) - 30 or not i or name == default]
     figure = Figure(figsize=(6 * parts, 1.5 + 0.15 * max(len(names), 24)), layout="constrained")
@@ -1381,10 +1576,13 @@ def plot_results(path: Path, values: dict[str, list[float]], label: str, default
         color = "tab:orange" if name == default else "tab:blue"
         ranking.plot(means[name], row, "o", color=color, markersize=7)
         ranking.plot(values[name], [row] * len(values[name]), "|", color=color, markersize=9)
+        if intervals:
+            ranking.hlines(row, *intervals[name], color=color)
     ranking.set_yticks(range(len(names)), names, fontsize=7)
     ranking.grid(alpha=0.3)
-    ranking.set(xlabel=f"{label} (dot: mean; bars: seeds; orange: the default)",
-                ylabel="pooling configuration")
+    marks = "lines: 95 % intervals" if intervals else "dot: mean; bars: seeds"
+    ranking.set(xlabel=f"{label} ({marks}; orange: the default)", ylabel="pooling configuration",
+                title=title)
     if default.count(",") == 2:
         triangle, configs = others.pop(0), {name: parse_config(name) for name in order}
         dots = triangle.scatter([configs[n][0] for n in order], [configs[n][1] for n in order],
@@ -1400,7 +1598,7 @@ def plot_results(path: Path, values: dict[str, list[float]], label: str, default
         axes.plot([truth[n] for n in order], [means[n] for n in order], "o")
         for name in names:
             axes.annotate(name, (truth[name], means[name]), fontsize=6)
-        tau = rank_metrics(means, truth)["kendall_tau"]
+        axes.vlines([truth[n] for n in order], *zip(*(intervals[n] for n in order)), alpha=0.3)
         axes.set(xlabel="ground truth: test accuracy trained alone", ylabel=label,
-                 title="all equal" if tau is None else f"Kendall tau {tau:.3f}")
+                 title=truth_title)
     save_figure(figure, path)

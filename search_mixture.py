@@ -9,8 +9,9 @@ balanced so that no supernet starves, leads each configuration to a supernet who
 An epoch is one pass of every supernet over the training half: M supernets cost M times one. Under
 torchrun each rank owns an equal part of the supernets and exchanges nothing but scores.
 
-Writes runs/mixture-<dataset>/: config.json, log.jsonl (a line an epoch), checkpoint.pt,
-supernets.pt (the weights), result.json (the ranking and the pick), ranking.png, assignment.png.
+Writes runs/mixture-<dataset>/: config.json, log.jsonl (a line an epoch), checkpoint.pt and the one
+before, supernets.pt (the weights), correct.pt (which validation images each configuration gets
+right), result.json (the ranking, its uncertainty, the pick), ranking.png, assignment.png.
 The same command, with any number of ranks, continues a stopped run.
 Source: arXiv:2306.11982, section 3 (the mixture and its balance).
 """
@@ -24,7 +25,7 @@ from common import (Config, Gather, Gauge, Images, Learner, Parser, Run, UserErr
                     config_name, cosine, evaluate_configs, expected_time, finish_search,
                     load_dataset, make_network, number, progress, rank, rank_metrics,
                     read_ground_truth, read_steps, report_search, run_script, save_figure,
-                    search_space, split_for_search, stream, stream_seed, world)
+                    save_tensors, search_space, split_for_search, stream, stream_seed, world)
 
 # Rounds between two exchanges of scores. The draws of an interval use the scores that were known
 # when the one before it began, so they are 8 to 16 rounds old (of 196 in an epoch of CIFAR-10), and
@@ -37,9 +38,9 @@ def arguments():
     search = parser.add_argument_group("mixture")
     search.add_argument("--num-supernets", type=number(int, 1), default=4, metavar="M",
                         help="supernets in the mixture")
-    search.add_argument("--temperature", type=number(float, 0), nargs=2, metavar=("FIRST", "LAST"),
-                        help="of the assignment, linear over the epochs; None: by network, "
-                        "1 100, resnet18 1 150, resnet50 1 300")
+    search.add_argument("--temperature", type=number(float, 0, 1e6), nargs=2,
+                        metavar=("FIRST", "LAST"), help="of the assignment, linear over the "
+                        "epochs; None: by network, 1 100, resnet18 1 150, resnet50 1 300")
     search.add_argument("--decay", type=number(float, 0, 1), help="d of the moving average of "
                         "accuracies; None: 0.9, food101 0.95")
     search.add_argument("--tolerance", type=number(float, 0), default=1e-4,
@@ -109,7 +110,7 @@ def search_step(learner: Learner, training, checking, config: Config, lr: float)
 def collect(content) -> list | None:
     """The content (what torch.save takes) of every rank on rank 0, tensors on the CPU."""
     buffer, found = io.BytesIO(), [None] * world
-    torch.save(content, buffer)
+    save_tensors(content, buffer)
     if world > 1:
         barrier()  # here a dead rank is noticed
         dist.gather_object(buffer.getvalue(), found if rank == 0 else None)
@@ -126,15 +127,16 @@ def merge(gathered: Gather) -> torch.Tensor:
 
 def evaluate_owned(learners: dict[int, Learner], assignment: torch.Tensor, configs: list[Config],
                    validation: Images, batch_size: int) -> tuple[torch.Tensor, list[int]]:
-    """Accuracy of every configuration on its own supernet, argmax_m P(m|c), and that supernet."""
+    """Which validation images every configuration gets right on its own supernet, argmax_m P(m|c):
+    bool (C,n); and that supernet."""
     owners = assignment.argmax(1)
-    accuracies = torch.zeros(len(configs), dtype=torch.float64)
+    correct = torch.zeros(len(configs), len(validation), dtype=torch.uint8)
     for m, learner in learners.items():
         owned = (owners == m).nonzero().flatten().tolist()
         if owned:
-            accuracies[owned] = evaluate_configs(learner.network, [configs[c] for c in owned],
-                                                 validation.evaluation_batches(batch_size))
-    return Gather(accuracies).result().sum(0), owners.tolist()
+            correct[owned] = evaluate_configs(learner.network, [configs[c] for c in owned],
+                                              validation.evaluation_batches(batch_size)).byte()
+    return Gather(correct).result().bool().any(0), owners.tolist()
 
 
 def plot_assignment(run: Run, configs: list[Config]) -> None:
@@ -153,28 +155,29 @@ def plot_assignment(run: Run, configs: list[Config]) -> None:
 
 def main() -> None:
     args = arguments()
-    train, _ = load_dataset(args)
-    space = search_space(args, train, supernet=True)
+    data = load_dataset(args)
+    space = search_space(args, data[0], supernet=True)
     configs, macs, count = space.configs, space.macs, args.num_supernets
     names = [config_name(config) for config in configs]
     if count > len(configs):
         raise UserError(f"--num-supernets {count}: at most {len(configs)}, one a configuration")
-    train, validation = split_for_search(train, args)
+    train, validation = split_for_search(data[0], args)
     truth = read_ground_truth(args.ground_truth, space)
     if count % world:
         raise UserError(f"{world} ranks cannot share --num-supernets {count} equally: start a "
                         "number of processes that divides it")
-    run = Run("mixture", args)
-    if run.load("result.json"):
-        return report_search(run, args, truth)
+    run = Run("mixture", args, data)
+    if report_search(run, args, truth):
+        return
 
     own = range(rank * count // world, (rank + 1) * count // world)  # this rank's supernets
     learners = {m: Learner(make_network(args, train, True, stream_seed(args.seed, "weights", m)),
                            args) for m in own}
-    start, state = 0, run.load("checkpoint.pt")
+    start, state = 0, run.load_checkpoint()
     merged = torch.ones(len(configs), count, dtype=torch.float64)  # W of all ranks
+    steps = torch.zeros(len(configs), count, dtype=torch.int64)  # of training, of all ranks
     if state:
-        start, merged = state["epoch"], state["scores"]
+        start, merged, steps = state["epoch"], state["scores"], state["steps"]
         for m in own:
             learners[m].load_state_dict(state["learners"][m])
     del state
@@ -212,6 +215,7 @@ def main() -> None:
             assignment, known = assign(merged, temperature, args), Gather(scores)
             drawn = draw_rounds(assignment, min(INTERVAL, rounds - begin), args.balance, draws)
             for i, (c, m) in enumerate(drawn):
+                steps[c, m] += 1
                 if m not in own:
                     continue
                 numbers = search_step(learners[m], training[m], checking[m], configs[c], lr)
@@ -223,7 +227,7 @@ def main() -> None:
             merged = merge(known)
             bar.set_postfix_str(f"epoch {epoch + 1}, utilisation {gauge.utilisation:.2f}", False)
 
-        totals = torch.stack([read_steps(record[m]).sum(0) for m in own])
+        totals = torch.stack([read_steps(record[m], learners[m].network).sum(0) for m in own])
         totals = Gather(totals).result().flatten(0, 1).sum(0) / (rounds * count)
         merged = merge(Gather(scores))
         assignment = assign(merged, temperature, args)
@@ -234,26 +238,25 @@ def main() -> None:
         if epoch + 1 in snapshots:
             line["assignment"] = assignment.tolist()
         if args.rank_every and (epoch + 1) % args.rank_every == 0:
-            found, _ = evaluate_owned(learners, assignment, configs, validation, args.batch_size)
-            line["ranking"] = dict(zip(names, found.tolist()))
+            correct, _ = evaluate_owned(learners, assignment, configs, validation, args.batch_size)
+            line["ranking"] = dict(zip(names, correct.double().mean(1).tolist()))
             if truth:
                 line |= rank_metrics(line["ranking"], truth)
         states = collect({m: learner.state_dict() for m, learner in learners.items()})
         if rank == 0:
             states = {m: state for part in states for m, state in part.items()}
             run.log(**line)
-            run.save("checkpoint.pt", {"epoch": epoch + 1, "scores": merged, "learners": states})
+            run.save_checkpoint(epoch=epoch + 1, scores=merged, steps=steps, learners=states)
     bar.close()
 
     assignment = assign(merged, args.temperature[1] if args.epochs > 1 else args.temperature[0],
                         args)
-    accuracies, owners = evaluate_owned(learners, assignment, configs, validation,
-                                        args.batch_size)
+    correct, owners = evaluate_owned(learners, assignment, configs, validation, args.batch_size)
     weights = collect([learner.network.state_dict() for learner in learners.values()])
     if rank == 0:
         run.save("supernets.pt", [state for part in weights for state in part])
         plot_assignment(run, configs)
-    finish_search(run, space, accuracies, owners)
+    finish_search(run, space, correct, owners, steps)
     report_search(run, args, truth)
 
 

@@ -6,8 +6,9 @@
 One set of weights for all configurations: every step draws one uniformly and trains that path. At
 the end each configuration is evaluated with the shared weights on the validation half.
 
-Writes runs/single-<dataset>/: config.json, log.jsonl (a line an epoch), checkpoint.pt,
-supernets.pt (the weights), result.json (the ranking and the pick), ranking.png. The same command
+Writes runs/single-<dataset>/: config.json, log.jsonl (a line an epoch), checkpoint.pt and the one
+before, supernets.pt (the weights), correct.pt (which validation images each configuration gets
+right), result.json (the ranking, its uncertainty, the pick), ranking.png. The same command
 continues a stopped run.
 Source: arXiv:2306.11982, section 3; Guo et al., arXiv:1904.00420.
 """
@@ -23,21 +24,21 @@ def main() -> None:
     args = Parser(__doc__, search=True).parse_args()
     if world > 1:
         raise UserError("there is one supernet to train: start it without torchrun")
-    train, _ = load_dataset(args)
-    space = search_space(args, train, supernet=True)
+    data = load_dataset(args)
+    space = search_space(args, data[0], supernet=True)
     configs, macs = space.configs, space.macs
     names = [config_name(config) for config in configs]
-    train, validation = split_for_search(train, args)
+    train, validation = split_for_search(data[0], args)
     truth = read_ground_truth(args.ground_truth, space)
-    run = Run("single", args)
-    if run.load("result.json"):
-        return report_search(run, args, truth)
+    run = Run("single", args, data)
+    if report_search(run, args, truth):
+        return
 
     learner = Learner(make_network(args, train, True, stream_seed(args.seed, "weights", 0)), args)
     supernet = learner.network
-    start, state = 0, run.load("checkpoint.pt")
+    start, state, counts = 0, run.load_checkpoint(), torch.zeros(len(configs), 1, dtype=torch.int64)
     if state:
-        start = state["epoch"]
+        start, counts = state["epoch"], state["steps"]
         learner.load_state_dict(state["learner"])
     run.trim_log(lambda line: line["epoch"] <= start)
 
@@ -65,9 +66,10 @@ def main() -> None:
             where = f"epoch {epoch + 1}, step {step + 1}, configuration {names[c]}, supernet 0"
             record.append((where, learner.step(*next(batches), configs[c], lr)))
             gauge.macs += 3 * macs[configs[c]] * len(train) / steps
+            counts[c] += 1
             bar.update()
 
-        loss, hit = (read_steps(record).sum(0) / steps).tolist()
+        loss, hit = (read_steps(record, supernet).sum(0) / steps).tolist()
         line = dict(epoch=epoch + 1, **gauge.epoch(len(train)))
         # SPOS validates at its end only: a glance, one draw on each of ten batches
         batches = validation.passes(args.batch_size, checks)
@@ -77,19 +79,18 @@ def main() -> None:
         bar.set_postfix_str(f"epoch {epoch + 1}, train accuracy {hit:.3f}, "
                             f"utilisation {line['utilisation']:.2f}")
         if args.rank_every and (epoch + 1) % args.rank_every == 0:
-            found = evaluate_configs(supernet, configs,
-                                     validation.evaluation_batches(args.batch_size))
-            line["ranking"] = dict(zip(names, found.tolist()))
+            correct = evaluate_configs(supernet, configs,
+                                       validation.evaluation_batches(args.batch_size))
+            line["ranking"] = dict(zip(names, correct.double().mean(1).tolist()))
             if truth:
                 line |= rank_metrics(line["ranking"], truth)
         run.log(**line)
-        run.save("checkpoint.pt", {"epoch": epoch + 1, "learner": learner.state_dict()})
+        run.save_checkpoint(epoch=epoch + 1, steps=counts, learner=learner.state_dict())
     bar.close()
 
-    accuracies = evaluate_configs(supernet, configs,
-                                  validation.evaluation_batches(args.batch_size))
+    correct = evaluate_configs(supernet, configs, validation.evaluation_batches(args.batch_size))
     run.save("supernets.pt", [supernet.state_dict()])
-    finish_search(run, space, accuracies, [0] * len(configs))
+    finish_search(run, space, correct, [0] * len(configs), counts)
     report_search(run, args, truth)
 
 

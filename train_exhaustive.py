@@ -6,8 +6,8 @@
 
 Writes runs/exhaustive-<dataset>/: config.json, results.csv (a row a finished network: config, seed,
 test_accuracy, ...; what --ground-truth of the searches takes), log.jsonl (a line an epoch),
-result.json (best first), ranking.png. The same command, also with more --seeds or other --configs,
-skips what is finished and continues what was interrupted.
+result.json (best first), ranking.png, checkpoints meanwhile. The same command, also with more
+--seeds or other --configs, skips what is finished and continues what was interrupted.
 Source: arXiv:2306.11982, section 4 (brute force).
 """
 import argparse
@@ -20,9 +20,10 @@ import torch
 from common import (Config, Gauge, Images, Learner, Parser, Run, Space, barrier, by_config,
                     config_name, deal, evaluate_configs, expected_time, load_dataset, make_network,
                     number, parse_config, plot_results, progress, rank, read_results, read_steps,
-                    replacing, report_speed, run_script, search_space, stream, stream_seed, world)
+                    replacing, report_speed, run_script, seal, search_space, stream, stream_seed,
+                    world)
 
-COLUMNS = ("config", "seed", "test_accuracy", "train_accuracy", "train_loss")  # of results.csv
+COLUMNS = "config", "seed", "test_accuracy", "train_accuracy", "train_loss", "checksum"
 
 
 def train_stand_alone(run: Run, args: argparse.Namespace, space: Space, train: Images,
@@ -48,11 +49,12 @@ def train_stand_alone(run: Run, args: argparse.Namespace, space: Space, train: I
         gauge = Gauge(args.device)
     bar = progress(total=len(todo) * args.epochs * steps, unit="step")
     for config, seed in deal(pairs):  # the same list on every rank, however far the others are
-        name, checkpoint = config_name(config), f"checkpoint-{config_name(config)}-{seed}.pt"
+        name, key = config_name(config), f"-{config_name(config)}-{seed}"
         if (name, seed) in done:
+            run.drop_checkpoint(key)  # a kill may have left it
             continue
         learner = Learner(make_network(args, train, False, stream_seed(seed, "weights")), args)
-        state, start = run.load(checkpoint), 0
+        state, start = run.load_checkpoint(key), 0
         if state:
             learner.load_state_dict(state["learner"])
             start, loss, correct = (state[key] for key in ("epoch", "loss", "correct"))
@@ -73,18 +75,18 @@ def train_stand_alone(run: Run, args: argparse.Namespace, space: Space, train: I
                 gauge.macs += 3 * space.macs[config] * len(labels)
                 bar.update(world)  # on rank 0; the others are about as fast
             weights = torch.tensor(sizes, dtype=torch.float64) / len(train)
-            loss, correct = (weights @ read_steps(record)).tolist()
+            loss, correct = (weights @ read_steps(record, learner.network)).tolist()
             line = dict(config=name, seed=seed, epoch=epoch + 1, **gauge.epoch(len(train)),
                         train_loss=loss, train_accuracy=correct, lr=lr)
             bar.set_postfix_str(f"{name} seed {seed}, train accuracy {correct:.3f}, "
                                 f"utilisation {line['utilisation']:.2f}")
             run.log(**line)
-            run.save(checkpoint, {"epoch": epoch + 1, "learner": learner.state_dict(),
-                                  "loss": loss, "correct": correct})
+            run.save_checkpoint(key, epoch=epoch + 1, learner=learner.state_dict(), loss=loss,
+                                correct=correct)
         result = evaluate_configs(learner.network.eval(), [config],
-                                  test.evaluation_batches(args.batch_size)).item()
+                                  test.evaluation_batches(args.batch_size)).double().mean().item()
         add_row(run, dict(zip(COLUMNS, (name, seed, result, correct, loss))))
-        (run.folder / checkpoint).unlink()
+        run.drop_checkpoint(key)
     bar.close()
     barrier()
     report_speed(run)
@@ -95,6 +97,7 @@ def add_row(run: Run, row: dict) -> None:
     """Add a row to results.csv, sorted by seed and configuration, whichever rank was first."""
     path = run.folder / "results.csv"
     with run.locked():
+        row["checksum"] = seal({key: str(value) for key, value in row.items()})["checksum"]
         rows = [*(read_results(path) if path.exists() else []), row]
         rows.sort(key=lambda row: (row["seed"], parse_config(row["config"])))
         with replacing(path) as temporary, open(temporary, "w", newline="") as file:
@@ -111,12 +114,12 @@ def spread(values: list[float]) -> float:
 def main() -> None:
     parser = Parser(__doc__, search=False)
     group = parser.add_argument_group("stage 1")
-    group.add_argument("--seeds", type=number(int, 1), default=1, metavar="N",
+    group.add_argument("--seeds", type=number(int, 1, 1000), default=1, metavar="N",
                        help="networks a configuration, seeds --seed, --seed + 1, ...")
     args = parser.parse_args()
-    train, test = load_dataset(args)
+    train, test = data = load_dataset(args)
     space = search_space(args, train, supernet=False)
-    run = Run("exhaustive", args)
+    run = Run("exhaustive", args, data)
     print(f"{args.arch} x {args.seeds} seeds on {args.dataset}: {len(train)} training and "
           f"{len(test)} test images {train.size}x{train.size}, {train.num_classes} classes, "
           f"{args.epochs} epochs; {space}; {world} x {args.device}, {args.threads} threads; "
@@ -130,7 +133,7 @@ def main() -> None:
     values = by_config(rows)
     means = {name: mean(found) for name, found in values.items()}
     order = sorted(means, key=means.get, reverse=True)
-    run.save("result.json", {"ranking": [
+    run.save("result.json", run.record | {"ranking": [
         {"config": name, "test_accuracy": means[name], "std": spread(values[name]),
          "seeds": len(values[name])} for name in order]})
     default = config_name(space.default)
