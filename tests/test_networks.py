@@ -209,7 +209,7 @@ def test_food101_from_official_files_then_from_the_cache(tmp_path):
         (tmp_path / name).unlink()
     write_food(tmp_path, np.random.default_rng(0))
     (tmp_path / "food-101/images/pie/train1.jpg").write_bytes(b"no image")
-    with pytest.raises(common.UserError, match="cannot read an image.*pie/train1.jpg"):
+    with pytest.raises(common.UserError, match="cannot read image 1.*pie/train1.jpg"):
         common.load_dataset(arguments(*argv))
     assert not list(tmp_path.glob("*.npz"))
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, arguments, shell
+from conftest import ROOT, SMALL, arguments, contents, shell
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
@@ -46,22 +46,6 @@ def kill_rank(process, rank, cwd, lines):
                     return os.kill(int(pid), signal.SIGKILL)
         time.sleep(0.01)
     raise AssertionError(process.communicate())
-
-
-def contents(folder):
-    """What a run leaves, but for times."""
-    run, = (folder / "runs").iterdir()
-    kept = {path.name: path.read_bytes() for path in run.iterdir()
-            if path.name in ("result.json", "results.csv")}
-    if (run / "supernets.pt").exists():
-        kept["weights"] = [{name: tensor.tolist() for name, tensor in state.items()}
-                           for state in torch.load(run / "supernets.pt", weights_only=True)]
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    for line in log:
-        for key in ("seconds", "images_per_second", "utilisation"):
-            del line[key]
-    return kept, sorted(log, key=lambda line: (line.get("config"), line.get("seed"),
-                                               line["epoch"]))
 
 
 @pytest.fixture(scope="module", params=[MIXTURE, (*MIXTURE, "--no-balance"), EXHAUSTIVE],
@@ -145,7 +129,8 @@ def test_ranks_share_gpus_in_turn(monkeypatch):
     for local, device in ((0, 0), (2, 2), (3, 0), (7, 1)):
         monkeypatch.setattr(common, "local_rank", local)
         seen = []
-        monkeypatch.setattr(torch, "empty", lambda *size, device: seen.append(device))
+        monkeypatch.setattr(torch, "zeros",
+                            lambda *size, device: seen.append(device) or torch.empty(1))
         assert arguments("--device", "cuda").device == f"cuda:{device}" == seen[0]
 
 
@@ -167,9 +152,9 @@ def test_amp_computes_in_half_and_keeps_the_rest_full(amp, tolerance, small_imag
     seen = []
     half.network.layers[5].register_forward_hook(lambda *a: seen.append(a[2].dtype))
     found = half.step(*batch, (4, 3, 3), 0.1)
-    accuracies = common.evaluate_configs(half.network, [(4, 3, 3)], [batch])
+    common.evaluate_configs(half.network, [(4, 3, 3)], [batch])
     assert seen == [torch.bfloat16 if amp == "bf16" else torch.float16] * 2
-    assert found.dtype == accuracies.dtype == torch.float64
+    assert found.dtype == torch.float64
     assert found[0].item() == pytest.approx(numbers[0].item(), rel=tolerance)
     assert all(value.dtype in (torch.float32, torch.int64)
                for value in half.network.state_dict().values())

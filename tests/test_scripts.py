@@ -1,17 +1,15 @@
 """Each stage through the shell, killed and continued, and every mistake a user may make."""
+import argparse
 import csv
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, shell
+from conftest import ROOT, SMALL, contents, shell
 
 import common
 import retrain
@@ -67,7 +65,10 @@ def test_searches_write_and_say_what_they_promise(searches, stage, supernets):
     assert accuracies == sorted(accuracies, reverse=True)
     assert result["pick"] == result["ranking"][0]["config"]
     assert {entry["supernet"] for entry in result["ranking"]} <= set(range(supernets))
-    assert set(result["metrics"]) == {"kendall_tau", "spearman_rho", "pick_rank", "regret"}
+    assert set(result["metrics"]) == {"kendall_tau", "spearman_rho", "pick_rank", "regret",
+                                      "kendall_tau_interval"}
+    low, high = result["metrics"]["kendall_tau_interval"]
+    assert low - 0.1 < result["metrics"]["kendall_tau"] < high + 0.1
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in log] == [1, 2, 3, 4]
     for key in ("seconds", "train_loss", "train_accuracy", "val_accuracy", "lr",
@@ -93,19 +94,28 @@ def test_searches_write_and_say_what_they_promise(searches, stage, supernets):
     assert not list(run.glob("tmp-*"))
 
 
-def test_the_ranking_can_be_redone_from_the_weights(searches):
-    run = searches / "runs" / "mixture-digits"
-    args = common.Parser("", True).parse_args([*SMALL, "--epochs", "4"])
-    train, _ = common.load_dataset(args)
-    _, validation = common.split_for_search(train, args)
-    common.choose_kernel("auto", "cpu")
-    weights = torch.load(run / "supernets.pt", weights_only=True)
-    for entry in json.loads((run / "result.json").read_text())["ranking"][::6]:
-        network = common.make_network(args, train, True, 0)
+@pytest.mark.parametrize("stage", ["mixture", "single"])
+def test_the_ranking_can_be_redone_from_weights_settings_and_data(searches, stage):
+    run = searches / "runs" / f"{stage}-digits"
+    args = argparse.Namespace(**common.read_file(run / "config.json")["settings"])
+    train, test = common.load_dataset(args)
+    assert common.fingerprint((train, test)) == args.data
+    train, validation = common.split_for_search(train, args)
+    assert common.choose_kernel(args.kernel, "cpu") == args.kernel
+    weights, result = (torch.load(run / "supernets.pt", weights_only=True),
+                       common.read_file(run / "result.json"))
+    correct = common.read_file(run / "correct.pt")["correct"]
+    for entry, right in zip(result["ranking"], correct, strict=True):
+        network = common.make_network(args, train, True)
         network.load_state_dict(weights[entry["supernet"]])
-        found = common.evaluate_configs(network, [common.parse_config(entry["config"])],
-                                        validation.evaluation_batches(32))
-        assert found.item() == entry["accuracy"]
+        found, = common.evaluate_configs(network, [common.parse_config(entry["config"])],
+                                         validation.evaluation_batches(args.batch_size))
+        assert torch.equal(found, right) and found.double().mean().item() == entry["accuracy"]
+    assert result["validation_images"] == len(validation) == correct.shape[1]
+    steps = np.sum([entry["steps"] for entry in result["ranking"]], 0)
+    assert (steps == 4 * train.num_batches(args.batch_size)).all()
+    for key in ("command", "versions", "git", "device_name", "ranks"):
+        assert key in result
 
 
 def test_finished_searches_are_shown_other_settings_refused(searches, monkeypatch, capsys):
@@ -114,6 +124,7 @@ def test_finished_searches_are_shown_other_settings_refused(searches, monkeypatc
     before = (run / "result.json").read_bytes()
     code, out, _ = run_here(monkeypatch, capsys, "search_mixture", *argv, "--num-supernets", "3")
     assert code == 0 and "pick: " in out and "epochs 1 to" not in out
+    assert "kendall_tau_interval" in out and " - " in out
     assert (run / "result.json").read_bytes() == before
     code, _, err = run_here(monkeypatch, capsys, "search_mixture", *argv, "--num-supernets", "2")
     assert code == 2 and "num_supernets 3 there, 2 now" in err and err.count("\n") == 1
@@ -139,56 +150,38 @@ def test_retrain_takes_the_pick_and_its_settings(searches):
     assert settings["num_train"] == 320
 
 
-def kill_in_epoch(script, arguments, cwd, lines):
-    """Start a script, kill -9 it as soon as its log has so many lines and a little more."""
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *arguments], cwd=cwd,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while process.poll() is None and time.time() < deadline:
-        logs = list(cwd.glob("runs/*/log.jsonl"))
-        if logs and logs[0].read_text().count("\n") >= lines:
-            time.sleep(0.05)
-            break
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
-
-
-def test_killed_mixture_continues_bit_identically(searches, tmp_path):
+def test_the_same_command_leaves_the_same_bits(searches, tmp_path):
+    """With the kernels and all threads; test_faults.py kills the stages in between."""
     write_truth(tmp_path / "truth.csv")
-    argv = (*SMALL, "--epochs", "4", "--ground-truth", "truth.csv", "--num-supernets", "3")
-    kill_in_epoch("search_mixture.py", argv, tmp_path, 1)
-    kill_in_epoch("search_mixture.py", argv, tmp_path, 2)
-    done = shell("search_mixture.py", *argv, cwd=tmp_path)
-    assert done.returncode == 0 and "epochs 1 to" not in done.stdout, done.stderr
-    one, two = (folder / "runs" / "mixture-digits" for folder in (searches, tmp_path))
-    assert (one / "result.json").read_bytes() == (two / "result.json").read_bytes()
-    logs = [[{k: v for k, v in json.loads(line).items() if "second" not in k and k != "utilisation"}
-             for line in (run / "log.jsonl").read_text().splitlines()] for run in (one, two)]
-    assert logs[0] == logs[1]
-
-
-def test_killed_exhaustive_training_continues_bit_identically(tmp_path):
-    argv = (*SMALL, "--configs", "4,3,3", "1,1,8", "--epochs", "3")
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    done = shell("train_exhaustive.py", *argv, cwd=tmp_path / "whole")
+    done = shell("search_mixture.py", *SMALL, "--epochs", "4", "--ground-truth", "truth.csv",
+                 "--num-supernets", "3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    kill_in_epoch("train_exhaustive.py", argv, tmp_path / "killed", 2)
-    kill_in_epoch("train_exhaustive.py", argv, tmp_path / "killed", 4)
-    done = shell("train_exhaustive.py", *argv, cwd=tmp_path / "killed")
-    assert done.returncode == 0 and "1 finished, 1 to train" in done.stdout
-    runs = [tmp_path / name / "runs" / "exhaustive-digits" for name in ("whole", "killed")]
-    for file in ("result.json", "results.csv"):
-        assert (runs[0] / file).read_bytes() == (runs[1] / file).read_bytes()
-    assert (runs[1] / "log.jsonl").read_text().count("\n") == 6
-    # more seeds and configurations extend the run
-    done = shell("train_exhaustive.py", *SMALL, "--configs", "7,1,2", "--epochs", "3",
-                 "--seeds", "2", cwd=tmp_path / "killed")
-    assert done.returncode == 0 and "0 finished, 2 to train" in done.stdout
-    rows = common.read_results(runs[1] / "results.csv")
+    shutil.copytree(searches / "runs" / "mixture-digits", tmp_path / "first" / "runs" / "a")
+    assert contents(tmp_path) == contents(tmp_path / "first")
+
+
+@pytest.mark.parametrize("stage, streams", [("search_mixture", 2 * 4 * 4), ("search_single", 2 * 4),
+                                            ("train_exhaustive", 2 * 2)])
+def test_every_random_stream_has_one_use(stage, streams, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    keys = []
+    monkeypatch.setattr(STAGES[stage], "stream",
+                        lambda *key: keys.append(key) or common.stream(*key))
+    more = ("--configs", "4,3,3") if stage == "train_exhaustive" else ()
+    code, _, err = run_here(monkeypatch, capsys, stage, *SMALL, *more, "--epochs", "2")
+    assert (code, err) == (0, "") and len(keys) == len(set(keys)) == streams
+
+
+def test_more_seeds_and_configurations_extend_a_run(tmp_path):
+    for argv, said in ((("4,3,3", "1,1,8"), "0 finished, 2 to train"),
+                       (("7,1,2", "--seeds", "2"), "0 finished, 2 to train"),
+                       (("4,3,3", "--seeds", "2"), "1 finished, 1 to train")):
+        done = shell("train_exhaustive.py", *SMALL, "--epochs", "2", "--configs", *argv,
+                     cwd=tmp_path)
+        assert done.returncode == 0 and said in done.stdout, done.stderr
+    rows = common.read_results(tmp_path / "runs" / "exhaustive-digits" / "results.csv")
     assert [(row["config"], row["seed"]) for row in rows] == [
-        ("1,1,8", 0), ("4,3,3", 0), ("7,1,2", 0), ("7,1,2", 1)]
+        ("1,1,8", 0), ("4,3,3", 0), ("7,1,2", 0), ("4,3,3", 1), ("7,1,2", 1)]
 
 
 def test_without_balance(tmp_path):
@@ -241,11 +234,13 @@ def test_mistakes_end_with_one_line_and_code_2(stage, argv, message, tmp_path, m
     write_truth(tmp_path / "part.csv", CONFIGS[:3])
     write_folder(tmp_path / "pets", classes=("only",))
     (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "config.json").write_text("{}")
+    (tmp_path / "foreign" / "config.json").write_text(
+        json.dumps(common.seal({"format": common.FORMAT, "settings": {"stage": "mixture"}})))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     code, _, err = run_here(monkeypatch, capsys, stage, *argv)
     assert code == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*")
+                      if path.is_file() and path.suffix != ".lock"}
 
 
 def test_overwrite_starts_anew(searches, tmp_path):
