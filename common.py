@@ -1230,11 +1230,20 @@ def unseal(content: dict) -> dict:
 
 def save_tensors(content, file) -> None:
     """torch.save to an open file. Where that fails, torch raises an error of its own; this raises
-    the reason: a full disk, or a signal."""
+    the reason, a full disk. Signals wait: an exception within torch's writer may abort Python."""
+    waiting, handlers = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: handler for s, handler in handlers.items() if callable(handler)}
+    for signum in handlers:
+        signal.signal(signum, lambda *args: waiting.append(args))
     try:
         torch.save(content, file)
     except RuntimeError as error:
         raise error.__context__ or error
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    for args in waiting[:1]:
+        handlers[args[0]](*args)
 
 
 def read_file(path: Path) -> dict:
