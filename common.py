@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 import numpy as np
 import torch
@@ -1264,6 +1264,19 @@ def read_file(path: Path) -> dict:
                         "command that wrote it goes on without it") from error
 
 
+def read_log(folder: Path) -> list[dict]:
+    """The lines of a run's log.jsonl, [] without one; UserError if one is damaged."""
+    path, lines = folder / "log.jsonl", []
+    for i, line in enumerate(path.read_bytes().splitlines(True) if path.exists() else [], 1):
+        if line.endswith(b"\n") or not line.startswith(b"{"):  # a kill may tear the last one
+            try:
+                lines.append(unseal(json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"line {i} of {path} is damaged ({error}): delete it; nothing "
+                                "but plots depends on it") from error
+    return lines
+
+
 class Run:
     """A run folder: config.json, log.jsonl, checkpoints, results, plots.
 
@@ -1363,22 +1376,11 @@ class Run:
                             for k, v in line.items() if not isinstance(v, (list, dict))),
                   flush=True)
 
-    def read_log(self) -> list[dict]:
-        path, lines = self.folder / "log.jsonl", []
-        for i, line in enumerate(path.read_bytes().splitlines(True) if path.exists() else [], 1):
-            if line.endswith(b"\n") or not line.startswith(b"{"):  # a kill may tear the last one
-                try:
-                    lines.append(unseal(json.loads(line)))
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"line {i} of {path} is damaged ({error}): delete it; nothing "
-                                    "but plots depends on it") from error
-        return lines
-
     def trim_log(self, keep) -> None:
         """Drop the lines of epochs that the checkpoint does not hold and that will come again."""
         with self.locked(), replacing(self.folder / "log.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(seal(line)) + "\n"
-                                         for line in self.read_log() if keep(line)))
+                                         for line in read_log(self.folder) if keep(line)))
 
 
 def fingerprint(data: tuple[Images, Images]) -> str:
@@ -1411,7 +1413,7 @@ def _environment(args: argparse.Namespace) -> dict:
 
 def report_speed(run: Run) -> None:
     """Print the means over the log's epochs; nothing for a log from before they were kept."""
-    lines = [line for line in run.read_log() if "utilisation" in line]
+    lines = [line for line in read_log(run.folder) if "utilisation" in line]
     if not lines:
         return
     speed, utilisation = (mean(line[key] for line in lines)
@@ -1449,14 +1451,30 @@ def by_config(rows: list[dict]) -> dict[str, list[float]]:
     return values
 
 
-def read_ground_truth(path: str | None, space: Space) -> dict[str, float] | None:
-    """Test accuracy of every configuration from stage 1's results.csv; None without a path."""
+def spread(values: list[float]) -> float:
+    """Sample standard deviation; 0 of a single value."""
+    return stdev(values) if len(values) > 1 else 0.0
+
+
+def read_search(folder: Path) -> dict:
+    """result.json of a finished search; UserError if there is none."""
+    if not os.path.exists(folder / "result.json"):
+        raise UserError(f"{folder} holds no finished search (no result.json)")
+    result = read_file(folder / "result.json")
+    if "pick" not in result:
+        raise UserError(f"{folder}/result.json names no pick: it is not a search's folder")
+    return result
+
+
+def read_ground_truth(path: str | None, names: list[str]) -> dict[str, float] | None:
+    """Test accuracy of these configurations, and others, from stage 1's results.csv; None without
+    a path; UserError if it lacks one."""
     if path is None:
         return None
     truth = {name: mean(found) for name, found in by_config(read_results(Path(path))).items()}
-    missing = [name for name in map(config_name, space.configs) if name not in truth]
+    missing = [name for name in names if name not in truth]
     if missing:
-        raise UserError(f"{path} lacks {len(missing)} of {len(space.configs)} configurations "
+        raise UserError(f"{path} lacks {len(missing)} of {len(names)} configurations "
                         f"({'; '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}): "
                         "train_exhaustive.py writes them")
     return truth

@@ -11,13 +11,12 @@ with a paired t-test over the seeds, cost of both), checkpoints meanwhile. The s
 continues a stopped run.
 Source: arXiv:2306.11982, section 4 (retraining).
 """
-import os
 from pathlib import Path
 from statistics import mean
 
-from common import (Parser, Run, UserError, by_config, config_name, load_dataset, number,
-                    parse_config, rank, read_file, run_script, search_space, world)
-from train_exhaustive import spread, train_stand_alone
+from common import (Parser, Run, by_config, config_name, load_dataset, number, parse_config, rank,
+                    read_search, run_script, search_space, spread, world)
+from train_exhaustive import train_stand_alone
 
 
 def arguments():
@@ -30,12 +29,7 @@ def arguments():
                        help="networks a configuration, seeds --seed, --seed + 1, ...")
     args = parser.parse_args()
     if args.source:
-        folder = Path(args.source)
-        if not os.path.exists(folder / "result.json"):
-            raise UserError(f"{folder} holds no finished search (no result.json)")
-        result = read_file(folder / "result.json")
-        if "pick" not in result:
-            raise UserError(f"{folder}/result.json names no pick: --from takes a search's folder")
+        result = read_search(Path(args.source))
         parser.set_defaults(**{key: result["settings"][key] for key in (
             "dataset", "data_dir", "image_size", "num_train", "arch", "num_resolutions",
             "downsample", "width")})

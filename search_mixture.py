@@ -3,6 +3,7 @@
     python search_mixture.py                                       # embedded digits, minutes
     python search_mixture.py --dataset cifar10 --num-supernets 4   # the paper's protocol
     torchrun --nproc-per-node=4 search_mixture.py --dataset cifar10 --num-supernets 4
+    python search_mixture.py --compare runs/* --ground-truth results.csv    # several searches
 
 M supernets train side by side. An assignment P(m|c), learned from validation accuracies and kept
 balanced so that no supernet starves, leads each configuration to a supernet whose weights suit it.
@@ -16,7 +17,10 @@ The same command, with any number of ranks, continues a stopped run.
 Source: arXiv:2306.11982, section 3 (the mixture and its balance).
 """
 import io
+import itertools
 import math
+from pathlib import Path
+from statistics import mean
 
 import torch
 import torch.distributed as dist
@@ -24,8 +28,9 @@ import torch.distributed as dist
 from common import (Config, Gather, Gauge, Images, Learner, Parser, Run, UserError, barrier,
                     config_name, cosine, evaluate_configs, expected_time, finish_search,
                     load_dataset, make_network, number, progress, rank, rank_metrics,
-                    read_ground_truth, read_steps, report_search, run_script, save_figure,
-                    save_tensors, search_space, split_for_search, stream, stream_seed, world)
+                    read_ground_truth, read_log, read_search, read_steps, report_search, run_script,
+                    save_figure, save_tensors, search_space, split_for_search, spread, stream,
+                    stream_seed, world)
 
 # Rounds between two exchanges of scores. The draws of an interval use the scores that were known
 # when the one before it began, so they are 8 to 16 rounds old (of 196 in an epoch of CIFAR-10), and
@@ -47,7 +52,65 @@ def arguments():
                         help="balance until KL(P(m) || uniform) is at most this")
     search.add_argument("--no-balance", dest="balance", action="store_false",
                         help="ablation: the plain softmax, drawn in the paper's order")
+    search.add_argument("--compare", nargs="+", metavar="RUN", help="train nothing: print a table "
+                        "of these finished searches, single ones too, against --ground-truth; of "
+                        "those with --rank-every draw Kendall tau over the epochs, compare.png")
     return parser.parse_args()
+
+
+def compare(args) -> None:
+    """--compare: a Markdown table. Runs that differ in nothing but the seed share a row, mean +-
+    standard deviation; its columns are the settings that differ, then what came out."""
+    if not args.ground_truth:
+        raise UserError("--compare needs --ground-truth, results.csv of train_exhaustive.py")
+    results = [read_search(Path(folder)) for folder in args.compare]
+    known = [result["settings"] for result in results]
+    columns = [key for key in dict.fromkeys(itertools.chain(*known))
+               if key not in Run.not_compared | {"seed"}
+               and len({str(settings[key]) for settings in known if key in settings}) > 1]
+    formats = {"mean_accuracy": ".4f", "kendall_tau": ".3f", "spearman_rho": ".3f",
+               "pick_rank": ".1f", "regret": ".4f"}
+    rows, curves = {}, {}
+    for folder, result in zip(args.compare, results):
+        ranking = result["ranking"]
+        row = (*(str(result["settings"].get(key, "")) for key in columns),
+               f"{sum(sum(entry['steps']) for entry in ranking):,}")
+        scores = {entry["config"]: entry["accuracy"] for entry in ranking}
+        truth = read_ground_truth(args.ground_truth, list(scores))
+        rows.setdefault(row, []).append(rank_metrics(scores, truth) | {
+            "mean_accuracy": mean(scores.values()), "pick": result["pick"]})
+        for line in read_log(Path(folder)):
+            tau = rank_metrics(line["ranking"], truth)["kendall_tau"] if "ranking" in line else None
+            if tau is not None:
+                curves.setdefault(row, {}).setdefault(line["epoch"], []).append(tau)
+
+    def cell(values: list[float | None], form: str) -> str:
+        defined = [value for value in values if value is not None]
+        return f"{mean(defined):{form}} +- {spread(defined):{form}}" if defined else "undefined"
+
+    lines = [[*columns, "steps", "runs", *formats, "picks"]]
+    lines += [["---"] * len(lines[0])]
+    lines += [[*row, str(len(found)), *(cell([run[key] for run in found], form)
+                                        for key, form in formats.items()),
+               "; ".join(run["pick"] for run in found)] for row, found in rows.items()]
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    if curves:
+        from matplotlib.figure import Figure
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
+        for row, points in curves.items():
+            axes.errorbar(*zip(*((epoch, mean(taus), spread(taus))
+                                 for epoch, taus in sorted(points.items()))),
+                          marker="o", capsize=3, label=", ".join(
+                              f"{key} {value}" for key, value in zip(columns, row) if value))
+        axes.set(xlabel="epoch of every supernet", ylabel="Kendall tau with the ground truth "
+                 "(mean and standard deviation over runs)")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        folder = Path(args.out or "runs/compare")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_figure(figure, folder / "compare.png")
+        print(f"\nKendall tau over the epochs: {folder}/compare.png")
 
 
 def balance(scores: torch.Tensor, temperature: float, tolerance: float,
@@ -142,7 +205,7 @@ def evaluate_owned(learners: dict[int, Learner], assignment: torch.Tensor, confi
 def plot_assignment(run: Run, configs: list[Config]) -> None:
     """P(m|c) as heat maps at the epochs that log.jsonl kept it for (paper, figure 5)."""
     from matplotlib.figure import Figure
-    kept = [line for line in run.read_log() if "assignment" in line]
+    kept = [line for line in read_log(run.folder) if "assignment" in line]
     figure = Figure(figsize=(1.2 + 1.3 * len(kept), 7), layout="constrained")
     for axes, line in zip(figure.subplots(1, len(kept), sharey=True, squeeze=False)[0], kept):
         image = axes.imshow(line["assignment"], aspect="auto", vmin=0, vmax=1, cmap="magma")
@@ -155,6 +218,8 @@ def plot_assignment(run: Run, configs: list[Config]) -> None:
 
 def main() -> None:
     args = arguments()
+    if args.compare:
+        return compare(args)
     data = load_dataset(args)
     space = search_space(args, data[0], supernet=True)
     configs, macs, count = space.configs, space.macs, args.num_supernets
@@ -162,7 +227,7 @@ def main() -> None:
     if count > len(configs):
         raise UserError(f"--num-supernets {count}: at most {len(configs)}, one a configuration")
     train, validation = split_for_search(data[0], args)
-    truth = read_ground_truth(args.ground_truth, space)
+    truth = read_ground_truth(args.ground_truth, names)
     if count % world:
         raise UserError(f"{world} ranks cannot share --num-supernets {count} equally: start a "
                         "number of processes that divides it")

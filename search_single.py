@@ -29,7 +29,7 @@ def main() -> None:
     configs, macs = space.configs, space.macs
     names = [config_name(config) for config in configs]
     train, validation = split_for_search(data[0], args)
-    truth = read_ground_truth(args.ground_truth, space)
+    truth = read_ground_truth(args.ground_truth, names)
     run = Run("single", args, data)
     if report_search(run, args, truth):
         return

@@ -12,16 +12,17 @@ Source: arXiv:2306.11982, section 4 (brute force).
 """
 import argparse
 import csv
+import itertools
+import math
 from statistics import mean
 
-import numpy as np
 import torch
 
 from common import (Config, Gauge, Images, Learner, Parser, Run, Space, barrier, by_config,
                     config_name, deal, evaluate_configs, expected_time, load_dataset, make_network,
-                    number, parse_config, plot_results, progress, rank, read_results, read_steps,
-                    replacing, report_speed, run_script, seal, search_space, stream, stream_seed,
-                    world)
+                    number, parse_config, plot_results, progress, rank, rank_metrics, read_results,
+                    read_steps, replacing, report_speed, run_script, seal, search_space, spread,
+                    stream, stream_seed, world)
 
 COLUMNS = "config", "seed", "test_accuracy", "train_accuracy", "train_loss", "checksum"
 
@@ -106,9 +107,16 @@ def add_row(run: Run, row: dict) -> None:
             writer.writerows(rows)
 
 
-def spread(values: list[float]) -> float:
-    """Sample standard deviation; 0 of a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+def tau_between_seeds(rows: list[dict]) -> float | None:
+    """Kendall tau of two seeds' accuracies over the configurations that both have, mean over the
+    pairs of seeds: what one training of everything tells about the next. None without a pair."""
+    seeds = {}
+    for row in rows:
+        seeds.setdefault(row["seed"], {})[row["config"]] = row["test_accuracy"]
+    taus = [rank_metrics({name: a[name] for name in a if name in b}, b)["kendall_tau"]
+            for a, b in itertools.combinations(seeds.values(), 2) if a.keys() & b.keys()]
+    taus = [tau for tau in taus if tau is not None]
+    return mean(taus) if taus else None
 
 
 def main() -> None:
@@ -133,9 +141,15 @@ def main() -> None:
     values = by_config(rows)
     means = {name: mean(found) for name, found in values.items()}
     order = sorted(means, key=means.get, reverse=True)
-    run.save("result.json", run.record | {"ranking": [
-        {"config": name, "test_accuracy": means[name], "std": spread(values[name]),
-         "seeds": len(values[name])} for name in order]})
+    tau = tau_between_seeds(rows)
+    between_configs = spread(list(means.values()))
+    repeated = [spread(found) ** 2 for found in values.values() if len(found) > 1]
+    between_seeds = math.sqrt(mean(repeated or [0.0]))
+    run.save("result.json", run.record | {
+        "kendall_tau_between_seeds": tau, "std_between_configs": between_configs,
+        "std_between_seeds": between_seeds, "ranking": [
+            {"config": name, "test_accuracy": means[name], "std": spread(values[name]),
+             "seeds": len(values[name])} for name in order]})
     default = config_name(space.default)
     plot_results(run.folder / "ranking.png", values, "test accuracy", default)
     print(f"\n{'rank':>4}  {'configuration':13}  {'test accuracy':>13}  {'std':>6}  seeds")
@@ -143,8 +157,9 @@ def main() -> None:
         if place <= 10 or place == len(order) or name == default:
             print(f"{place:4}  {name:13}  {means[name]:13.4f}  {spread(values[name]):6.4f}  "
                   f"{len(values[name]):5}" + ("  default" if name == default else ""))
-    print(f"\nbest {order[0]}; best to worst {means[order[0]] - means[order[-1]]:.4f}, mean std "
-          f"between seeds {mean(map(spread, values.values())):.4f}")
+    print(f"\nbest {order[0]}; best to worst {means[order[0]] - means[order[-1]]:.4f}; standard "
+          f"deviation between configurations {between_configs:.4f}, between seeds "
+          f"{between_seeds:.4f}" + ("" if tau is None else f"; Kendall tau of two seeds {tau:.3f}"))
     print(f"next: python search_mixture.py --dataset {args.dataset} "
           f"--ground-truth {run.folder}/results.csv")
 

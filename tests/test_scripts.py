@@ -202,11 +202,53 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert not (tmp_path / "runs/mixture-digits/result.json").exists()
 
 
+def test_compare_makes_a_row_of_the_runs_that_differ_in_the_seed_alone(searches, tmp_path, capsys,
+                                                                       monkeypatch):
+    """Against scipy and numpy on what the runs wrote; one run faked as two seeds."""
+    from scipy.stats import kendalltau
+    runs, truth = [searches / "runs" / f"{kind}-digits" for kind in ("single", "mixture")], {}
+    for row in csv.DictReader(open(searches / "truth.csv")):
+        truth.setdefault(row["config"], []).append(float(row["test_accuracy"]))
+    other = shutil.copytree(runs[0], tmp_path / "other")
+    result = common.read_file(other / "result.json")
+    result["settings"]["seed"] = 1
+    result["ranking"][0]["accuracy"] = 0.0
+    (other / "result.json").write_text(json.dumps(common.seal(result)))
+    code, out, err = run_here(monkeypatch, capsys, "search_mixture", "--compare",
+                              *map(str, (runs[0], other, runs[1])), "--out", str(tmp_path / "plot"),
+                              "--ground-truth", str(searches / "truth.csv"))
+    assert code == 0, err
+    header, _, single, mixture = [line.strip("| ").split(" | ") for line in out.splitlines()[:4]]
+    assert header[0] == "stage" and "seed" not in header
+    single, mixture = dict(zip(header, single)), dict(zip(header, mixture))
+    assert (single["stage"], single["runs"], mixture["stage"]) == ("single", "2", "mixture")
+    taus = []
+    for folder in (runs[0], other):
+        scores = {e["config"]: e["accuracy"]
+                  for e in common.read_file(folder / "result.json")["ranking"]}
+        taus.append(kendalltau(list(scores.values()),
+                               [np.mean(truth[name]) for name in scores]).statistic)
+    assert single["kendall_tau"] == f"{np.mean(taus):.3f} +- {np.std(taus, ddof=1):.3f}"
+    assert mixture["steps"] == f"{3 * int(single['steps']):,}"
+    assert (tmp_path / "plot" / "compare.png").stat().st_size > 1000  # --rank-every of the single
+
+
+def test_ground_truth_says_how_well_two_seeds_agree():
+    accuracies = {0: [0.1, 0.2, 0.3, 0.4], 1: [0.1, 0.3, 0.2], 2: [0.5]}
+    rows = [{"config": CONFIGS[i], "seed": seed, "test_accuracy": value}
+            for seed, found in accuracies.items() for i, value in enumerate(found)]
+    # of the pairs of 0 and 1 two agree and one does not; a single configuration has no ranking
+    assert train_exhaustive.tau_between_seeds(rows) == pytest.approx(1 / 3)
+    assert train_exhaustive.tau_between_seeds(rows[:4]) is None
+
+
 @pytest.mark.parametrize("stage, argv, message", [
     ("search_mixture", ["--dataset", "cifar11"], "unknown data set 'cifar11'"),
     ("search_mixture", ["--num-supernets", "0"], "must be at least 1"),
     ("search_mixture", ["--num-supernets", "37"], "at most 36"),
     ("search_mixture", ["--batch-size", "1000"], "larger than a part of the split"),
+    ("search_mixture", ["--compare", "file"], "--compare needs --ground-truth"),
+    ("search_mixture", ["--compare", "foreign", "--ground-truth", "odd.csv"], "no finished search"),
     ("search_single", ["--batch-size", "1000"], "larger than a part of the split"),
     ("search_single", ["--epochs", "many"], "invalid int value"),
     ("search_single", ["--lr", "nan", "0"], "must be at least 0"),
