@@ -60,7 +60,8 @@ def arguments():
 
 def compare(args) -> None:
     """--compare: a Markdown table. Runs that differ in nothing but the seed share a row, mean +-
-    standard deviation; its columns are the settings that differ, then what came out."""
+    standard deviation; its columns are the settings that differ, then what came out. The last row
+    is what costs nothing: the ranking by multiply-adds, the dearest first."""
     if not args.ground_truth:
         raise UserError("--compare needs --ground-truth, results.csv of train_exhaustive.py")
     results = [read_search(Path(folder)) for folder in args.compare]
@@ -83,10 +84,13 @@ def compare(args) -> None:
             tau = rank_metrics(line["ranking"], truth)["kendall_tau"] if "ranking" in line else None
             if tau is not None:
                 curves.setdefault(row, {}).setdefault(line["epoch"], []).append(tau)
+    macs = {entry["config"]: entry["macs"] for entry in ranking}
+    rows[("no search", *[""] * len(columns))] = [rank_metrics(macs, truth) | {
+        "mean_accuracy": None, "pick": max(macs, key=macs.get)}]
 
     def cell(values: list[float | None], form: str) -> str:
         defined = [value for value in values if value is not None]
-        return f"{mean(defined):{form}} +- {spread(defined):{form}}" if defined else "undefined"
+        return f"{mean(defined):{form}} +- {spread(defined):{form}}" if defined else "-"
 
     lines = [[*columns, "steps", "runs", *formats, "picks"]]
     lines += [["---"] * len(lines[0])]

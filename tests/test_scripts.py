@@ -218,7 +218,8 @@ def test_compare_makes_a_row_of_the_runs_that_differ_in_the_seed_alone(searches,
                               *map(str, (runs[0], other, runs[1])), "--out", str(tmp_path / "plot"),
                               "--ground-truth", str(searches / "truth.csv"))
     assert code == 0, err
-    header, _, single, mixture = [line.strip("| ").split(" | ") for line in out.splitlines()[:4]]
+    header, _, single, mixture, none = [line.strip("| ").split(" | ")
+                                        for line in out.splitlines()[:5]]
     assert header[0] == "stage" and "seed" not in header
     single, mixture = dict(zip(header, single)), dict(zip(header, mixture))
     assert (single["stage"], single["runs"], mixture["stage"]) == ("single", "2", "mixture")
@@ -229,6 +230,7 @@ def test_compare_makes_a_row_of_the_runs_that_differ_in_the_seed_alone(searches,
         taus.append(kendalltau(list(scores.values()),
                                [np.mean(truth[name]) for name in scores]).statistic)
     assert single["kendall_tau"] == f"{np.mean(taus):.3f} +- {np.std(taus, ddof=1):.3f}"
+    assert none[0] == "no search" and none[-1] == "8,1,1"  # the dearest
     assert mixture["steps"] == f"{3 * int(single['steps']):,}"
     assert (tmp_path / "plot" / "compare.png").stat().st_size > 1000  # --rank-every of the single
 
