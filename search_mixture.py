@@ -90,7 +90,8 @@ def compare(args) -> None:
 
     def cell(values: list[float | None], form: str) -> str:
         defined = [value for value in values if value is not None]
-        return f"{mean(defined):{form}} +- {spread(defined):{form}}" if defined else "-"
+        between = f" +- {spread(defined):{form}}" if len(defined) > 1 else ""
+        return f"{mean(defined):{form}}{between}" if defined else "-"
 
     lines = [[*columns, "steps", "runs", *formats, "picks"]]
     lines += [["---"] * len(lines[0])]
@@ -107,8 +108,7 @@ def compare(args) -> None:
                                  for epoch, taus in sorted(points.items()))),
                           marker="o", capsize=3, label=", ".join(
                               f"{key} {value}" for key, value in zip(columns, row) if value))
-        axes.set(xlabel="epoch of every supernet", ylabel="Kendall tau with the ground truth "
-                 "(mean and standard deviation over runs)")
+        axes.set(xlabel="epoch", ylabel="Kendall tau: mean, standard deviation over runs")
         axes.grid(alpha=0.3)
         axes.legend()
         folder = Path(args.out or "runs/compare")
