@@ -285,14 +285,14 @@ def main() -> None:
             drawn = draw_rounds(assignment, min(INTERVAL, rounds - begin), args.balance, draws)
             for i, (c, m) in enumerate(drawn):
                 steps[c, m] += 1
+                gauge.macs += 4 * macs[configs[c]] * len(train) / rounds / world  # mean of ranks
+                bar.update()
                 if m not in own:
                     continue
                 numbers = search_step(learners[m], training[m], checking[m], configs[c], lr)
                 update_score(scores, c, m - own.start, numbers[2], args.decay)
                 record[m].append((f"epoch {epoch + 1}, round {begin + i // count + 1}, "
                                   f"configuration {names[c]}, supernet {m}", numbers))
-                gauge.macs += 4 * macs[configs[c]] * len(train) / rounds
-                bar.update(world)  # on rank 0; the others are about as fast
             merged = merge(known)
             bar.set_postfix_str(f"epoch {epoch + 1}, utilisation {gauge.utilisation:.2f}", False)
 
