@@ -152,6 +152,7 @@ def test_a_signal_within_the_saving_of_tensors_is_not_hidden(signum, tmp_path, m
         def write(self, data):
             os.kill(os.getpid(), signum)
             return super().write(data)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see start
     monkeypatch.setattr(signal, "signal", lambda *args, real=signal.signal: real(*args)
                         if args[1] != signal.SIG_IGN else None)
     monkeypatch.setattr(common.Run, "folder", None)
