@@ -86,11 +86,17 @@ def test_killed_at_many_random_moments(stage, tmp_path):
     print(stage, "kills survived:", check_kills(stage, moments, tmp_path))
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Where the tests run in the background SIGINT is ignored, and processes inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(*argv, cwd):
     return subprocess.Popen([sys.executable, *map(str, argv)], cwd=cwd, text=True,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                            # it is ignored where the tests themselves run in the background
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
                             env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
 
 
@@ -152,7 +158,6 @@ def test_a_signal_within_the_saving_of_tensors_is_not_hidden(signum, tmp_path, m
         def write(self, data):
             os.kill(os.getpid(), signum)
             return super().write(data)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # see start
     monkeypatch.setattr(signal, "signal", lambda *args, real=signal.signal: real(*args)
                         if args[1] != signal.SIG_IGN else None)
     monkeypatch.setattr(common.Run, "folder", None)
