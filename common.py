@@ -9,6 +9,7 @@ Architecture", arXiv:2306.11982; "the paper" below.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import copy
 import csv
@@ -261,6 +262,8 @@ def join_ranks() -> None:
         # only a dead rank ends a wait, and its connection closes
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world,
                                 timeout=timedelta(days=1))
+        # gloo's threads may still hold their last tensors when Python takes itself apart: SIGABRT
+        atexit.register(dist.destroy_process_group)
         if rank:
             sys.stdout = open(os.devnull, "w")
 

@@ -98,6 +98,17 @@ def test_torchrun_restarts_what_died(alone, tmp_path):
     assert contents(tmp_path) == expected
 
 
+def test_a_rank_ends_well_that_others_have_yet_to_answer(tmp_path):
+    (tmp_path / "ends.py").write_text(
+        f"import sys, time, torch; sys.path.append({str(ROOT)!r}); import common\n"
+        "def main():\n"
+        "    common.barrier()\n"
+        "    unread = common.Gather(torch.zeros(1))  # gloo's thread still holds it at the exit\n"
+        "    time.sleep(3 * (common.rank == 0))\n"
+        "common.run_script(main)\n")
+    assert finish(torchrun(2, tmp_path / "ends.py", cwd=tmp_path)) == (0, "", [])
+
+
 def test_retrain_with_ranks(tmp_path):
     argv = ("--config", "5,3,2", "--seeds", "1", "--epochs", "2", *SMALL)
     code, out, errors = finish(torchrun(2, "retrain.py", *argv, cwd=tmp_path))
