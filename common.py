@@ -173,6 +173,11 @@ class Parser(argparse.ArgumentParser):
             add = self.add_argument_group("search").add_argument
             add("--split", type=number(float, 0.01, 0.99), default=0.5, metavar="FRACTION",
                 help="of the training images that trains weights; the rest validates")
+            add("--draw", choices=["uniform", "cost", "blocks"], default="uniform",
+                help="how often a training step takes each configuration. uniform: all equally, as "
+                "in the paper. cost: in proportion to its multiply-adds. blocks: the block lengths "
+                "one after another, each uniformly among those possible, so that the rare long "
+                "first blocks are trained as often as the others")
             add("--ground-truth", metavar="CSV", help="results.csv of train_exhaustive.py: report "
                 "Kendall tau, Spearman rho, rank and regret of the pick")
             add("--rank-every", type=number(int, 1), metavar="N",
@@ -768,6 +773,29 @@ def search_space(args: argparse.Namespace, images: Images, supernet: bool) -> Sp
         raise UserError(f"{images.size}x{images.size} images are too small for {resolutions} "
                         "resolutions") from error
     return Space(configs, default, macs, tree_macs, sum(p.numel() for p in network.parameters()))
+
+
+def draw_probabilities(configs: list[Config], draw: str, macs: dict[Config, int]) -> torch.Tensor:
+    """pi(c), how often --draw trains each configuration: float64 (C,), of sum 1.
+
+    "uniform": equally (paper, section 3); "cost": in proportion to its multiply-adds; "blocks": n1
+    uniformly among those that occur, then n2 among those that occur behind this n1, and so on.
+    """
+    weights = torch.ones(len(configs), dtype=torch.float64)
+    for i, config in enumerate(configs):
+        if draw == "cost":
+            weights[i] = macs[config]
+        elif draw == "blocks":
+            for k in range(len(config)):
+                weights[i] /= len({other[k] for other in configs if other[:k] == config[:k]})
+    return weights / weights.sum()
+
+
+def draw_configs(probabilities: torch.Tensor, count: int, rng: torch.Generator) -> torch.Tensor:
+    """`count` independent draws c ~ pi, int64 (count,)."""
+    if (probabilities == probabilities[0]).all():  # other random numbers than multinomial's:
+        return torch.randint(len(probabilities), (count,), generator=rng)  # those of results/
+    return torch.multinomial(probabilities, count, replacement=True, generator=rng)
 
 
 # --------------------------------------------------------------------------------- networks

@@ -26,11 +26,11 @@ import torch
 import torch.distributed as dist
 
 from common import (Config, Gather, Gauge, Images, Learner, Parser, Run, UserError, barrier,
-                    config_name, cosine, evaluate_configs, expected_time, finish_search,
-                    load_dataset, make_network, number, progress, rank, rank_metrics,
-                    read_ground_truth, read_log, read_search, read_steps, report_search, run_script,
-                    save_figure, save_tensors, search_space, split_for_search, spread, stream,
-                    stream_seed, world)
+                    config_name, cosine, draw_configs, draw_probabilities, evaluate_configs,
+                    expected_time, finish_search, load_dataset, make_network, number, progress,
+                    rank, rank_metrics, read_ground_truth, read_log, read_search, read_steps,
+                    report_search, run_script, save_figure, save_tensors, search_space,
+                    split_for_search, spread, stream, stream_seed, world)
 
 # Rounds between two exchanges of scores. The draws of an interval use the scores that were known
 # when the one before it began, so they are 8 to 16 rounds old (of 196 in an epoch of CIFAR-10), and
@@ -117,19 +117,22 @@ def compare(args) -> None:
         print(f"\nKendall tau over the epochs: {folder}/compare.png")
 
 
-def balance(scores: torch.Tensor, temperature: float, tolerance: float,
+def balance(scores: torch.Tensor, temperature: float, tolerance: float, draw: torch.Tensor,
             max_iterations: int = 1000) -> torch.Tensor:
-    """P(m|c), float64 (C,M): softmax_m(T W) with the marginal P(m) made uniform.
+    """P(m|c), float64 (C,M): softmax_m(T W) with the marginal P(m) = sum_c pi(c) P(m|c) made
+    uniform. draw: pi, float64 (C,).
 
     Iterative proportional fitting: divide every column by P(m), renormalise every row, until
     KL(P(m) || uniform) <= tolerance. In logarithms, so that e^-300 stays a number. Where two
     supernets are nearly tied for all configurations it is slow; the cap then ends it, rows still
     sum to 1, and the draws, which normalise by column, still give every supernet its step.
     """
-    configs, supernets = scores.shape
+    supernets = scores.shape[1]
+    draw = draw / draw.max()  # uniform: exactly 1
+    log_draw, log_total = draw.log()[:, None], math.log(draw.sum())
     log_p = torch.log_softmax(temperature * scores, 1)
     for _ in range(max_iterations):
-        log_marginal = torch.logsumexp(log_p, 0) - math.log(configs)
+        log_marginal = torch.logsumexp(log_draw + log_p, 0) - log_total
         divergence = (log_marginal.exp() * (log_marginal + math.log(supernets))).sum()
         if divergence <= tolerance:
             break
@@ -137,27 +140,28 @@ def balance(scores: torch.Tensor, temperature: float, tolerance: float,
     return log_p.exp()
 
 
-def assign(scores: torch.Tensor, temperature: float, args) -> torch.Tensor:
+def assign(scores: torch.Tensor, temperature: float, draw: torch.Tensor, args) -> torch.Tensor:
     """P(m|c), float64 (C,M), balanced or, with --no-balance, the softmax as it is."""
     if args.balance:
-        return balance(scores, temperature, args.tolerance)
+        return balance(scores, temperature, args.tolerance, draw)
     return torch.softmax(temperature * scores, 1)
 
 
-def draw_rounds(assignment: torch.Tensor, rounds: int, balanced: bool,
+def draw_rounds(assignment: torch.Tensor, draw: torch.Tensor, rounds: int, balanced: bool,
                 rngs: list[torch.Generator]) -> list[tuple[int, int]]:
-    """M draws (c, m) a round from P(c) P(m|c), with uniform P(c); rngs: a stream per supernet.
+    """M draws (c, m) a round from pi(c) P(m|c); draw: pi, float64 (C,); rngs: a stream per supernet.
 
-    Balanced: every supernet m once a round, on c ~ P(c|m) = P(m|c) / sum_c' P(m|c'). Since P(m) is
-    uniform this is the paper's joint distribution, stratified over m. Otherwise the paper's order:
-    c uniformly, then m ~ P(m|c).
+    Balanced: every supernet m once a round, on c ~ P(c|m), proportional to pi(c) P(m|c). Since P(m)
+    is uniform this is the paper's joint distribution, stratified over m. Otherwise the paper's
+    order: c ~ pi, then m ~ P(m|c).
     """
-    configs, supernets = assignment.shape
+    supernets = assignment.shape[1]
     if balanced:
+        joint = assignment * (draw / draw.max())[:, None]
         drawn = [torch.multinomial(column, rounds, replacement=True, generator=rng).tolist()
-                 for column, rng in zip(assignment.T, rngs)]
+                 for column, rng in zip(joint.T, rngs)]
         return [(c, m) for draws in zip(*drawn) for m, c in enumerate(draws)]
-    drawn = torch.randint(configs, (rounds * supernets,), generator=rngs[0])
+    drawn = draw_configs(draw, rounds * supernets, rngs[0])
     owners = torch.multinomial(assignment[drawn], 1, generator=rngs[0]).flatten()
     return list(zip(drawn.tolist(), owners.tolist()))
 
@@ -255,9 +259,11 @@ def main() -> None:
         run.trim_log(lambda line: line["epoch"] <= start)
 
     rounds = train.num_batches(args.batch_size)
+    draw = draw_probabilities(configs, args.draw, macs)  # pi(c)
     snapshots = {round(1 + part * (args.epochs - 1) / 5) for part in range(6)}
     all_macs = sum(macs[config] for config in configs)
-    steps_macs = all_macs / len(configs) * (args.epochs - start) * count * len(train)
+    mean_macs = sum(p * macs[config] for p, config in zip(draw.tolist(), configs))
+    steps_macs = mean_macs * (args.epochs - start) * count * len(train)
     expected = expected_time(
         learners[own.start], train, args.batch_size, space, steps_macs,
         steps_macs + min(all_macs, count * space.tree_macs) * len(validation))
@@ -281,8 +287,9 @@ def main() -> None:
         checking = {m: validation.passes(args.batch_size, checks[m]) for m in own}
         record = {m: [] for m in own}
         for begin in range(0, rounds, INTERVAL):
-            assignment, known = assign(merged, temperature, args), Gather(scores)
-            drawn = draw_rounds(assignment, min(INTERVAL, rounds - begin), args.balance, draws)
+            assignment, known = assign(merged, temperature, draw, args), Gather(scores)
+            drawn = draw_rounds(assignment, draw, min(INTERVAL, rounds - begin), args.balance,
+                                draws)
             for i, (c, m) in enumerate(drawn):
                 steps[c, m] += 1
                 gauge.macs += 4 * macs[configs[c]] * len(train) / rounds / world  # mean of ranks
@@ -299,10 +306,10 @@ def main() -> None:
         totals = torch.stack([read_steps(record[m], learners[m].network).sum(0) for m in own])
         totals = Gather(totals).result().flatten(0, 1).sum(0) / (rounds * count)
         merged = merge(Gather(scores))
-        assignment = assign(merged, temperature, args)
+        assignment = assign(merged, temperature, draw, args)
         line = dict(epoch=epoch + 1, **gauge.epoch(count * len(train)))
         line |= dict(zip(("train_loss", "train_accuracy", "val_accuracy"), totals.tolist()))
-        line |= dict(lr=lr, temperature=temperature, p_m=assignment.mean(0).tolist(),
+        line |= dict(lr=lr, temperature=temperature, p_m=(draw @ assignment).tolist(),
                      mean_max_p=assignment.max(1).values.mean().item())
         if epoch + 1 in snapshots:
             line["assignment"] = assignment.tolist()
@@ -319,7 +326,7 @@ def main() -> None:
     bar.close()
 
     assignment = assign(merged, args.temperature[1] if args.epochs > 1 else args.temperature[0],
-                        args)
+                        draw, args)
     correct, owners = evaluate_owned(learners, assignment, configs, validation, args.batch_size)
     weights = collect([learner.network.state_dict() for learner in learners.values()])
     if rank == 0:

@@ -3,7 +3,7 @@
     python search_single.py                      # embedded digits, minutes
     python search_single.py --dataset cifar10    # the paper's protocol
 
-One set of weights for all configurations: every step draws one uniformly and trains that path. At
+One set of weights for all configurations: every step draws one (--draw) and trains that path. At
 the end each configuration is evaluated with the shared weights on the validation half.
 
 Writes runs/single-<dataset>/: config.json, log.jsonl (a line an epoch), checkpoint.pt and the one
@@ -14,10 +14,11 @@ Source: arXiv:2306.11982, section 3; Guo et al., arXiv:1904.00420.
 """
 import torch
 
-from common import (Gauge, Learner, Parser, Run, UserError, config_name, cosine, evaluate_configs,
-                    expected_time, finish_search, load_dataset, make_network, progress,
-                    rank_metrics, read_ground_truth, read_steps, report_search, run_script,
-                    search_space, split_for_search, stream, stream_seed, world)
+from common import (Gauge, Learner, Parser, Run, UserError, config_name, cosine, draw_configs,
+                    draw_probabilities, evaluate_configs, expected_time, finish_search,
+                    load_dataset, make_network, progress, rank_metrics, read_ground_truth,
+                    read_steps, report_search, run_script, search_space, split_for_search, stream,
+                    stream_seed, world)
 
 
 def main() -> None:
@@ -43,7 +44,8 @@ def main() -> None:
     run.trim_log(lambda line: line["epoch"] <= start)
 
     steps = train.num_batches(args.batch_size)
-    mean_macs = sum(macs[config] for config in configs) / len(configs)
+    probabilities = draw_probabilities(configs, args.draw, macs)
+    mean_macs = sum(p * macs[config] for p, config in zip(probabilities.tolist(), configs))
     expected = expected_time(learner, train, args.batch_size, space,
                              mean_macs * (args.epochs - start) * len(train),
                              space.tree_macs * len(validation))
@@ -61,7 +63,7 @@ def main() -> None:
         draws, order, crops, checks = (stream(args.seed, name, 0, epoch)
                                        for name in ("draws", "order", "crops", "checks"))
         batches = train.passes(args.batch_size, order, crops)
-        drawn = torch.randint(len(configs), (steps + 10,), generator=draws).tolist()
+        drawn = draw_configs(probabilities, steps + 10, draws).tolist()
         for step, c in enumerate(drawn[:steps]):
             where = f"epoch {epoch + 1}, step {step + 1}, configuration {names[c]}, supernet 0"
             record.append((where, learner.step(*next(batches), configs[c], lr)))

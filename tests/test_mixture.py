@@ -8,22 +8,33 @@ import common
 from search_mixture import balance, draw_rounds, update_score
 
 
-def brute_force(scores, temperature, iterations=20000):
+def draws(kind, count):
+    """pi(c): uniform, or one whose largest is several times its smallest."""
+    pi = np.ones(count) if kind == "uniform" else np.random.default_rng(1).uniform(0.1, 1, count)
+    return torch.from_numpy(pi / pi.sum())
+
+
+both_draws = pytest.mark.parametrize("kind", ["uniform", "other"])
+
+
+def brute_force(scores, temperature, pi, iterations=20000):
     p = np.exp(temperature * (scores - scores.max(1, keepdims=True)))
     p /= p.sum(1, keepdims=True)
     for _ in range(iterations):
-        p /= p.mean(0)
+        p /= pi @ p
         p /= p.sum(1, keepdims=True)
     return p
 
 
+@both_draws
 @pytest.mark.parametrize("supernets, temperature", [(2, 1), (4, 30), (8, 100), (36, 100), (1, 50)])
-def test_balance_agrees_with_brute_force(supernets, temperature):
+def test_balance_agrees_with_brute_force(supernets, temperature, kind):
+    pi = draws(kind, 36)
     scores = np.random.default_rng(supernets).normal(0.7, 0.05, (36, supernets))
-    found = balance(torch.from_numpy(scores), temperature, 1e-12, 20000).numpy()
-    assert np.allclose(found, brute_force(scores, temperature), atol=1e-5)
-    found = balance(torch.from_numpy(scores), temperature, 1e-4).numpy()
-    marginal = found.mean(0)
+    found = balance(torch.from_numpy(scores), temperature, 1e-12, pi, 20000).numpy()
+    assert np.allclose(found, brute_force(scores, temperature, pi.numpy()), atol=1e-5)
+    found = balance(torch.from_numpy(scores), temperature, 1e-4, pi).numpy()
+    marginal = pi.numpy() @ found
     assert np.allclose(found.sum(1), 1, atol=1e-12) and found.dtype == np.float64
     assert (marginal * np.log(marginal * supernets)).sum() <= 1e-4
 
@@ -31,44 +42,69 @@ def test_balance_agrees_with_brute_force(supernets, temperature):
 def test_balance_leaves_a_balanced_assignment_alone():
     scores = torch.zeros(36, 4, dtype=torch.float64)
     scores[torch.arange(36), torch.arange(36) % 4] = 0.3
-    assert torch.allclose(balance(scores, 20.0, 1e-4), torch.softmax(20 * scores, 1), atol=1e-15)
+    found = balance(scores, 20.0, 1e-4, draws("uniform", 36))
+    assert torch.allclose(found, torch.softmax(20 * scores, 1), atol=1e-15)
 
 
+@both_draws
 @pytest.mark.parametrize("scores", [
     torch.tensor([[1.0, 0, 0, 0]]).repeat(36, 1),              # all mass on one supernet
     torch.linspace(0, 1, 4).repeat(36, 1),                     # equal rows
     torch.zeros(36, 4), torch.ones(36, 4),
     torch.cat([torch.tensor([[1.0, 0]]).repeat(35, 1), torch.tensor([[0, 1.0]])])])
-def test_balance_is_stable_at_high_temperature(scores):
-    scores = scores.double()
-    found = balance(scores, 300.0, 1e-4)
-    marginal = found.mean(0)
+def test_balance_is_stable_at_high_temperature(scores, kind):
+    scores, pi = scores.double(), draws(kind, 36)
+    found = balance(scores, 300.0, 1e-4, pi)
+    marginal = pi @ found
     assert found.isfinite().all() and torch.allclose(found.sum(1), torch.ones(len(found)).double())
     assert torch.allclose(marginal, torch.full_like(marginal, 1 / scores.shape[1]), atol=0.02)
 
 
 def test_balance_ends_at_its_cap():
     scores = torch.tensor([[1.0, 0]] * 19 + [[0, 1.0]] * 17, dtype=torch.float64)
-    found = balance(scores, 300.0, 1e-12, max_iterations=3)
+    found = balance(scores, 300.0, 1e-12, draws("uniform", 36), max_iterations=3)
     assert found.isfinite().all() and torch.allclose(found.sum(1), torch.ones(36).double())
 
 
+@both_draws
 @pytest.mark.parametrize("balanced", [True, False])
-def test_draws_have_the_papers_joint_distribution(balanced):
+def test_draws_have_the_papers_joint_distribution(balanced, kind):
+    pi = draws(kind, 12)
     scores = torch.from_numpy(np.random.default_rng(3).random((12, 3)))
-    p = balance(scores, 8.0, 1e-10) if balanced else torch.softmax(8 * scores, 1)
+    p = balance(scores, 8.0, 1e-10, pi) if balanced else torch.softmax(8 * scores, 1)
     assert p.max() > 0.8 and p.min() < 0.01  # strongly non-uniform
     rngs = [common.stream(0, "draws", m) for m in range(3)]
     counts = np.zeros((12, 3))
-    for _ in range(20):
-        draws = draw_rounds(p, 1000, balanced, rngs)
-        assert not balanced or [m for _, m in draws] == [0, 1, 2] * 1000
-        for c, m in draws:
+    for _ in range(60):
+        drawn = draw_rounds(p, pi, 1000, balanced, rngs)
+        assert not balanced or [m for _, m in drawn] == [0, 1, 2] * 1000
+        for c, m in drawn:
             counts[c, m] += 1
-    expected = (p / 12).numpy() * counts.sum()
+    expected = (pi[:, None] * p).numpy() * counts.sum()
     assert expected.min() > 5  # enough for a chi-square test
     # stratified draws vary less than independent ones, so the test only errs on the safe side
     assert chisquare(counts.ravel(), expected.ravel()).pvalue > 1e-3
+
+
+def test_draw_probabilities():
+    configs = common.enumerate_configs(10, 3)
+    macs = {config: 5 + i for i, config in enumerate(configs)}
+    find = {draw: dict(zip(configs, common.draw_probabilities(configs, draw, macs).tolist()))
+            for draw in ("uniform", "cost", "blocks")}
+    assert all(sum(found.values()) == pytest.approx(1) for found in find.values())
+    assert set(find["uniform"].values()) == {1 / 36}
+    assert find["cost"][8, 1, 1] / find["cost"][1, 1, 8] == pytest.approx(40 / 5)
+    for config, n1 in ((c, c[0]) for c in configs):  # 1 of 8 for n1, then 1 of 9 - n1 for n2
+        assert find["blocks"][config] == pytest.approx(1 / 8 / (9 - n1))
+    some = [(1, 1, 8), (1, 2, 7), (4, 3, 3)]  # n1 is 1 or 4; behind 4 there is no choice
+    assert common.draw_probabilities(some, "blocks", {}).tolist() == [0.25, 0.25, 0.5]
+
+
+@both_draws
+def test_configurations_are_drawn_as_often_as_asked(kind):
+    pi = draws(kind, 12)
+    drawn = common.draw_configs(pi, 100_000, common.stream(0, "draws"))
+    assert chisquare(np.bincount(drawn, minlength=12), 100_000 * pi.numpy()).pvalue > 1e-3
 
 
 def test_scores_are_a_moving_average():
