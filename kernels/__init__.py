@@ -1,12 +1,10 @@
-"""Fused 2x2 max-pool + 3x3 convolution as a PyTorch operator; built on first use.
+"""A CNN's 3x3 convolutions and ResNet blocks as fused PyTorch operators; built on first use.
 
-    from kernels import pool_conv2d
+    from kernels import basic_block, pool_conv2d, stem
     y, pooled = pool_conv2d(x, weight, downsample="maxpool")   # "none", "maxpool" or "stride"
 
-This folder works alone, copied into any project. The first call builds the extension (needs a C++
-compiler and ninja; nvcc too where torch sees a GPU) and keeps it in TORCH_EXTENSIONS_DIR. CXX,
-CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected. Call `load()` once before you trace with
-torch.compile.
+This folder works alone, copied into any project; README.md says what it needs. Call `load()` once
+to build at a moment of your choice, and before you trace with torch.compile.
 """
 from __future__ import annotations
 
@@ -21,10 +19,12 @@ import threading
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-__all__ = ["BuildError", "basic_block", "can_fuse", "load", "pool_conv2d", "stem"]
+__all__ = ["BuildError", "basic_block", "load", "pool_conv2d", "stem"]
 MODES = {"none": 0, "maxpool": 1, "stride": 2}
-_loaded, _lock = False, threading.Lock()
+_loaded = False
+_lock = threading.Lock()
 
 
 class BuildError(RuntimeError):
@@ -42,6 +42,35 @@ def pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
     at least the outputs that it spoils in torch, and up to a tile of 4x4 around them.
     Raises TypeError, ValueError, BuildError.
     """
+    check_arguments(x, weight, downsample)
+    if x.is_meta:  # torch's operators, so that its FlopCounterMode counts them
+        return native_pool_conv2d(x, weight, downsample)
+
+    given = x
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, weight.dtype):
+        dtype = torch.get_autocast_dtype(device)
+        x = x.to(dtype)
+        weight = weight.to(dtype)
+    if x.dtype != weight.dtype:
+        raise TypeError(f"x is {x.dtype}, weight {weight.dtype}")
+
+    if not _loaded:
+        load()
+    y, pooled, _ = torch.ops.pool_conv.forward(x, weight, MODES[downsample])
+    return y, pooled if downsample == "maxpool" else given
+
+
+def native_pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
+                       downsample: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
+    """What `pool_conv2d` computes, by torch's operators."""
+    pooled = F.max_pool2d(x, 2) if downsample == "maxpool" else x
+    stride = 2 if downsample == "stride" else 1
+    return F.conv2d(pooled, weight, stride=stride, padding=1), pooled
+
+
+def check_arguments(x: torch.Tensor, weight: torch.Tensor, downsample: str) -> None:
+    """TypeError or ValueError for what `pool_conv2d` does not take: the kernels check nothing."""
     if downsample not in MODES:
         raise ValueError(f"downsample {downsample!r}: none, maxpool or stride")
     for name, tensor in (("x", x), ("weight", weight)):
@@ -56,16 +85,9 @@ def pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
         raise ValueError(f"x is {x.shape[2]}x{x.shape[3]}: {downsample} needs {smallest} or more")
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device}, weight on {weight.device}")
-    source, device = x, x.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, weight.dtype):
-        x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
-    if x.dtype != weight.dtype:
-        raise TypeError(f"x is {x.dtype}, weight {weight.dtype}")
-    if not _loaded:
-        load()
-    y, pooled, _ = torch.ops.pool_conv.forward(x, weight, MODES[downsample])
-    return y, pooled if downsample == "maxpool" else source
 
+
+# ------------------------------------------------------------------------------------ the build
 
 def load() -> None:
     """Build (once for these sources, this torch and this CPU) and load the operators."""
@@ -81,33 +103,54 @@ def load() -> None:
 
 
 def _build_and_load() -> None:
-    folder, cuda = Path(__file__).parent, torch.cuda.is_available()
+    folder = Path(__file__).parent
+    cuda = torch.cuda.is_available()
     sources = [folder / "binding.cpp", folder / "pool_conv_cpu.cpp"]
-    sources += [folder / "pool_conv.cu"] * cuda
-    cpuinfo = Path("/proc/cpuinfo")
-    cpu = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), ""
-               ) if cpuinfo.exists() else platform.processor()
+    if cuda:
+        sources.append(folder / "pool_conv.cu")
+
+    # a build of its own for whatever changes it, CPUs that share a home directory included
     state = [file.read_bytes() for file in (*sources, folder / "pool_conv.h")]
-    state += [str((torch.__version__, sys.version, platform.machine(), cpu, cuda)).encode()]
+    machine = (torch.__version__, sys.version, platform.machine(), _cpu_flags(), cuda)
+    state.append(str(machine).encode())
     name = f"pool_conv_{hashlib.sha256(b'|'.join(state)).hexdigest()[:12]}"
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
     build = Path(root).expanduser() / name
     build.mkdir(parents=True, exist_ok=True)
+
     with _locked(build / "one-at-a-time"):
         if (build / "done").exists():
-            return torch.ops.load_library(str(build / f"{name}.so"))
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA: known
-        from torch.utils import cpp_extension  # slow to import, and only for building
-        print(f"building the kernels (once, about {60 if cuda else 15} s) ...", file=sys.stderr,
-              flush=True)
-        (build / "lock").unlink(missing_ok=True)  # torch's own, of a build that was killed
-        native = [] if platform.system() == "Darwin" else ["-march=native", "-fopenmp"]
-        cpp_extension.load(
-            name, [str(file) for file in sources], build_directory=str(build),
-            extra_cflags=["-O3", "-fno-math-errno", "-fno-trapping-math", *native,
-                          *["-DWITH_CUDA"] * cuda],
-            extra_cuda_cflags=["-O3"], with_cuda=cuda, is_python_module=False)
-        (build / "done").touch()
+            torch.ops.load_library(str(build / f"{name}.so"))
+        else:
+            _build(name, sources, build, cuda)
+            (build / "done").touch()
+
+
+def _build(name: str, sources: list[Path], build: Path, cuda: bool) -> None:
+    """Compile into the folder `build`, and load."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA: known
+    from torch.utils import cpp_extension  # slow to import, and only for building
+    print(f"building the kernels (once, about {60 if cuda else 15} s) ...", file=sys.stderr,
+          flush=True)
+    (build / "lock").unlink(missing_ok=True)  # torch's own, of a build that was killed
+
+    flags = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+    if platform.system() != "Darwin":
+        flags += ["-march=native", "-fopenmp"]
+    if cuda:
+        flags.append("-DWITH_CUDA")
+    cpp_extension.load(name, [str(file) for file in sources], build_directory=str(build),
+                       extra_cflags=flags, extra_cuda_cflags=["-O3"], with_cuda=cuda,
+                       is_python_module=False)
+
+
+def _cpu_flags() -> str:
+    """What -march=native depends on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor()
+    lines = cpuinfo.read_text().splitlines()
+    return next((line for line in lines if line.startswith("flags")), "")
 
 
 def _reason(error: Exception) -> str:
@@ -132,34 +175,38 @@ def _locked(path: Path):
         yield
 
 
+# ------------------------------------------------------------------------ the operators' rules
+
 def _register() -> None:
     """Fake kernels, autograd and vmap of the operators."""
-    forward, backward = torch.ops.pool_conv.forward, torch.ops.pool_conv.backward
-    last = torch.channels_last
+    forward = torch.ops.pool_conv.forward
+    backward = torch.ops.pool_conv.backward
 
     @torch.library.register_fake("pool_conv::forward")
     def _(x, weight, mode):
-        def empty(channels, height, width, dtype=None):
-            return x.new_empty((x.shape[0], channels, height, width), dtype=dtype
-                               ).to(memory_format=last)
-        n, c, height, width = x.shape
-        # as by_winograd in binding.cpp decides
-        winograd = x.dtype == torch.float32 and min(weight.shape[:2]) >= 8
-        index = torch.uint8 if winograd or x.is_cuda else torch.int64
+        def empty(channels, dtype=None):
+            out = x.new_empty((x.shape[0], channels, height, width), dtype=dtype)
+            return out.to(memory_format=torch.channels_last)
+
+        height, width = x.shape[2:]
+        pooled = x.new_empty(0)
+        argmax = x.new_empty(0, dtype=torch.uint8)
         if mode == MODES["maxpool"]:
             height, width = height // 2, width // 2
-            pooled, argmax = empty(c, height, width), empty(c, height, width, index)
-        else:
-            pooled, argmax = x.new_empty(0), x.new_empty(0, dtype=torch.uint8)
+            # as by_winograd in binding.cpp decides; opcheck compares
+            winograd = x.dtype == torch.float32 and min(weight.shape[:2]) >= 8
+            pooled = empty(x.shape[1])
+            argmax = empty(x.shape[1], torch.uint8 if winograd or x.is_cuda else torch.int64)
         if mode == MODES["stride"]:
             height, width = (height + 1) // 2, (width + 1) // 2
-        return empty(weight.shape[0], height, width), pooled, argmax
+        return empty(weight.shape[0]), pooled, argmax
 
     @torch.library.register_fake("pool_conv::backward")
     def _(grad_y, grad_pooled, x, weight, argmax, mode, height, width, want_x, want_weight):
         grad_x = x.new_empty(0)
         if want_x:
-            grad_x = x.new_empty((*x.shape[:2], height, width)).to(memory_format=last)
+            grad_x = x.new_empty((*x.shape[:2], height, width))
+            grad_x = grad_x.to(memory_format=torch.channels_last)
         return grad_x, weight.new_empty(weight.shape) if want_weight else x.new_empty(0)
 
     def setup(ctx, inputs, output):
@@ -173,12 +220,14 @@ def _register() -> None:
     def gradients(ctx, grad_y, grad_pooled, _):
         x, weight, argmax = ctx.saved_tensors
         if grad_y is None:  # only pooled was used
-            grad_y = x.new_zeros((x.shape[0], weight.shape[0], *(
-                (n + 1) // 2 if ctx.mode == MODES["stride"] else n for n in x.shape[2:])))
+            stride = 2 if ctx.mode == MODES["stride"] else 1
+            height, width = ((size - 1) // stride + 1 for size in x.shape[2:])
+            grad_y = x.new_zeros((x.shape[0], weight.shape[0], height, width))
+        if ctx.mode != MODES["maxpool"]:
+            grad_pooled = None
         want_x, want_weight = ctx.needs_input_grad[:2]
-        grad_x, grad_weight = backward(
-            grad_y, grad_pooled if ctx.mode == MODES["maxpool"] else None, x, weight, argmax,
-            ctx.mode, *ctx.size, want_x, want_weight)
+        grad_x, grad_weight = backward(grad_y, grad_pooled, x, weight, argmax, ctx.mode, *ctx.size,
+                                       want_x, want_weight)
         return grad_x if want_x else None, grad_weight if want_weight else None, None
 
     def twice(ctx, *grads):
@@ -189,10 +238,12 @@ def _register() -> None:
 
     @torch.library.register_vmap("pool_conv::forward")
     def _(info, dims, x, weight, mode):
-        outputs = [forward(x if dims[0] is None else x.select(dims[0], i),
-                           weight if dims[1] is None else weight.select(dims[1], i), mode)
-                   for i in range(info.batch_size)]
+        outputs = []
+        for i in range(info.batch_size):
+            one_x = x if dims[0] is None else x.select(dims[0], i)
+            one_weight = weight if dims[1] is None else weight.select(dims[1], i)
+            outputs.append(forward(one_x, one_weight, mode))
         return tuple(torch.stack(part) for part in zip(*outputs)), (0, 0, 0)
 
 
-from .block import basic_block, can_fuse, stem  # noqa: E402  needs `load`
+from .block import basic_block, stem  # noqa: E402  needs `load`

@@ -1,201 +1,214 @@
-"""kernels/block.py: layers with their norms against float64, by the CPU kernels and by the very
-source of the CUDA kernels, run on the CPU."""
+"""Blocks and stems of kernels/ against the same modules in float64: by the CPU kernels, by the
+source of the CUDA kernels run on the CPU, and where they must not be fused."""
 import copy
-import math
-import os
-import shutil
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
-from conftest import arguments
-from test_kernels import Emulated, distance, emulated, nhwc  # noqa: F401  a fixture
+from test_kernels import distance, needs_compiler, ops  # noqa: F401  a fixture
+from torch.utils.flop_counter import FlopCounterMode
 
-import common
 import kernels
-import kernels.block
 
-pytestmark = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")),
-                                reason="no C++ compiler")
-# n, c_in, c_out, height, width, downsample, supernet
-CASES = [(3, 16, 16, 12, 12, "none", True), (3, 16, 16, 12, 12, "none", False),
-         (2, 16, 32, 16, 16, "maxpool", True), (3, 20, 20, 9, 11, "maxpool", False),
-         (2, 33, 40, 7, 5, "none", False), (5, 8, 8, 5, 6, "maxpool", True),
-         (4, 64, 64, 2, 3, "none", True), (8, 9, 17, 5, 3, "maxpool", False)]
-
-
-@pytest.fixture(params=["cpu", "emulated"])
-def fused(request, monkeypatch):
-    """Blocks by the CPU kernels, then by the CUDA kernels' source."""
-    kernels.load()
-    if request.param == "emulated":
-        library = request.getfixturevalue("emulated")
-        monkeypatch.setattr(kernels.block, "ops", Emulated(library))
-    monkeypatch.setattr(common, "fused", kernels)
-    return request.param
+pytestmark = needs_compiler
+# n, c_in, c_out, height, width, downsample, affine parameters and running statistics
+CASES = [(3, 16, 16, 12, 12, "none", False), (3, 16, 16, 12, 12, "none", True),
+         (2, 16, 32, 16, 16, "maxpool", False), (3, 20, 20, 9, 11, "maxpool", True),
+         (2, 33, 40, 7, 5, "none", True), (5, 8, 8, 5, 6, "maxpool", False),
+         (4, 64, 64, 2, 3, "none", False), (8, 9, 17, 5, 3, "maxpool", True),
+         (2, 3, 8, 6, 4, "maxpool", True)]
 
 
-def make_block(c_in, c_out, supernet, seed=0):
-    torch.manual_seed(seed)
-    block = common.BasicBlock(c_in, c_out, supernet)
-    for module in block.modules():
-        if isinstance(module, torch.nn.BatchNorm2d) and not supernet:
-            for tensor in (module.weight, module.bias, module.running_mean):
-                torch.nn.init.normal_(tensor)
-            torch.nn.init.uniform_(module.running_var, 0.5, 2)
-    return block
+def make_norm(channels, full):
+    norm = nn.BatchNorm2d(channels, affine=full, track_running_stats=full)
+    if full:
+        for tensor in (norm.weight, norm.bias, norm.running_mean):
+            nn.init.normal_(tensor)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    return norm
 
 
-def train(layer, x, grad, *arguments):
-    """Output, gradients of x and of the parameters, buffers after the step."""
+class Block(nn.Module):
+    def __init__(self, c_in, c_out, full):
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
+        self.norm1 = make_norm(c_out, full)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.norm2 = make_norm(c_out, full)
+        self.shortcut = nn.Sequential()
+        if c_in != c_out:
+            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False),
+                                          make_norm(c_out, full))
+
+    def forward(self, x, downsample="none"):
+        return kernels.basic_block(x, self.conv1, self.norm1, self.conv2, self.norm2,
+                                   self.shortcut, downsample)
+
+    def parts(self, x, downsample="none"):
+        """The inputs of both ReLUs, by torch's operators."""
+        if downsample == "maxpool":
+            x = F.max_pool2d(x, 2)
+        stride = 2 if downsample == "stride" else 1
+        first = self.norm1(F.conv2d(x, self.conv1.weight, stride=stride, padding=1))
+        second = self.norm2(self.conv2(first.relu()))
+        return first, second + self.shortcut(x[:, :, ::stride, ::stride])
+
+    def native(self, x, downsample="none"):
+        return self.parts(x, downsample)[1].relu()
+
+
+def train(layer, forward, x, grad, *arguments):
+    """Output, gradients of x and of the parameters, running statistics after the step."""
     x = x.detach().clone().requires_grad_()
-    out = layer(x, *arguments)
+    out = forward(x, *arguments)
     out.backward(grad.to(out.dtype))
-    return [out.detach(), x.grad, *(p.grad for p in layer.parameters()),
-            *(b for b in layer.buffers() if b.is_floating_point())]
+    buffers = [buffer.double() for buffer in layer.buffers()]
+    return [out, x.grad, *(p.grad for p in layer.parameters()), *buffers]
 
 
-def reference(layer, x, grad, *arguments):
-    kept, common.fused = common.fused, None
-    try:
-        return train(copy.deepcopy(layer).double(), x.double(), grad, *arguments)
-    finally:
-        common.fused = kept
+def in_float64(layer, x, grad, *arguments):
+    exact = copy.deepcopy(layer).double()
+    return train(exact, getattr(exact, "native", exact), x.double(), grad.double(), *arguments)
 
 
-def make_case(n, c_in, c_out, height, width, downsample, supernet, seed):
+def assert_close(results, expected, tolerance):
+    for one, exact in zip(results, expected, strict=True):
+        assert one.shape == exact.shape
+        assert distance(one, exact) < tolerance
+
+
+def make_case(n, c_in, c_out, height, width, downsample, full):
     """Block, input, gradient of the output; where no ReLU is so near to 0 that rounding, which is
     another on another CPU, could open or close it."""
-    for attempt in range(100):
-        block = make_block(c_in, c_out, supernet, 100 * seed + attempt)
+    for seed in range(100):
+        torch.manual_seed(seed)
+        block = Block(c_in, c_out, full)
         x = torch.randn(n, c_in, height, width).relu()
-        exact = copy.deepcopy(block).double()
-        p = F.max_pool2d(x.double(), 2) if downsample == "maxpool" else x.double()
-        first = exact.norm1(exact.conv1(p))
-        second = exact.norm2(exact.conv2(first.relu())) + exact.shortcut(p)
+        first, second = copy.deepcopy(block).double().parts(x.double(), downsample)
         if min(first.abs().min(), second.abs().min()) > 2e-5:
             return block, x, torch.randn(second.shape)
     raise AssertionError("no such case")
 
 
+# ---------------------------------------------------------------------------------------- fused
+
 @pytest.mark.parametrize("case", CASES)
-def test_block_against_float64(fused, monkeypatch, case):
-    downsample = case[5]
-    for seed in range(3):
-        monkeypatch.setenv("EMULATION_ORDER", str(seed))
-        block, x, grad = make_case(*case, seed)
-        expected = reference(block, x, grad, downsample)
-        untouched = copy.deepcopy(block)
-        found = train(block, x, grad, downsample)
-        assert len(found) == len(expected)
-        for one, true in zip(found, expected):
-            assert one.shape == true.shape and distance(one, true) < 5e-5
-        if seed == 0:  # bit for bit the same again
-            again = train(untouched, x, grad, downsample)
-            assert all(torch.equal(a, b) for a, b in zip(found, again))
+def test_block_against_float64(ops, monkeypatch, case):
+    monkeypatch.setenv("EMULATION_ORDER", str(CASES.index(case) % 3))
+    block, x, grad = make_case(*case)
+    expected = in_float64(block, x, grad, case[5])
+    results = train(block, block, x, grad, case[5])
+    assert "BasicBlock" in results[0].grad_fn.name()
+    assert_close(results, expected, 5e-5)
 
 
-def test_a_stride_goes_to_the_operator(fused):
-    x, weight = torch.randn(3, 16, 9, 8), torch.randn(16, 16, 3, 3)
-    y, _ = common.pool_conv2d(x, weight, "stride")
-    assert distance(y, F.conv2d(x.double(), weight.double(), stride=2, padding=1)) < 2e-6
+def make_stem(full):
+    """As a chain of torch's modules, and its fused forward pass."""
+    conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+    layers = nn.Sequential(conv, make_norm(16, full), nn.ReLU())
+    return layers, lambda x: kernels.stem(x, layers[0], layers[1])
 
 
-def test_stem_against_float64(fused):
-    for supernet in (True, False):
-        torch.manual_seed(0)
-        stem = common.Stem(16, supernet)
-        x, grad = torch.randn(3, 3, 9, 10), torch.randn(3, 16, 9, 10)
-        expected = reference(stem, x, grad, "none")
-        for one, true in zip(train(stem, x, grad, "none"), expected):
-            assert distance(one, true) < 2e-5
-
-
-def test_evaluation_uses_the_running_statistics(fused):
-    block, x = make_block(16, 32, False).eval(), torch.randn(4, 16, 8, 8)
-    expected = reference(block, x, torch.zeros(4, 32, 8, 8), "none")[0]
-    with torch.no_grad():
-        assert distance(block(x, "none"), expected) < 2e-6
-    grad = torch.randn(4, 32, 8, 8)  # with gradients the block without kernels runs
-    for one, true in zip(train(block, x, grad, "none"), reference(block, x, grad, "none")):
-        assert distance(one, true) < 2e-5
-
-
-def test_statistics_do_not_cancel(fused):
+@pytest.mark.parametrize("full", [False, True])
+def test_stem_against_float64(ops, full):
     torch.manual_seed(0)
-    y = nhwc(1000 + 0.01 * torch.randn(4, 20, 17, 19))
-    y[:, 3] = 7.0  # constant
-    center, offset, scale, shift, invstd, variance = kernels.block.ops.moments(y, None, None, 1e-5)
-    exact = y.double()
-    mean, true = exact.mean((0, 2, 3)), exact.var((0, 2, 3), correction=0)
-    assert ((center.double() + offset.double() - mean).abs() < 1e-7).all()
-    assert torch.allclose(variance.double(), true, rtol=1e-4, atol=1e-12)
-    out = kernels.block.ops.finish(y, torch.stack([center, offset, scale, shift, invstd, variance]),
-                                   None, None)
-    normal = F.batch_norm(exact, None, None, training=True, eps=1e-5).relu()
-    assert (out - normal).abs().max() < 1e-4  # native float32 is off by 1e-2
-    # the same out of the convolution's output pass
-    weight = torch.zeros(20, 20, 3, 3)
-    weight[range(20), range(20), 1, 1] = 1
-    y, rows, _, _ = kernels.block.ops.norm_conv(y, None, weight, None, None, 1e-5, 0, True)
-    exact = y.double()
-    assert ((rows[0].double() + rows[1].double() - exact.mean((0, 2, 3))).abs() < 1e-7).all()
-    assert torch.allclose(rows[5].double(), exact.var((0, 2, 3), correction=0), rtol=1e-4,
-                          atol=1e-12)
+    layers, stem = make_stem(full)
+    x = torch.randn(3, 3, 9, 10)
+    grad = torch.randn(3, 16, 9, 10)
+    expected = in_float64(layers, x, grad)
+    results = train(layers, stem, x, grad)
+    assert "NormReLU" in results[0].grad_fn.name()
+    assert_close(results, expected, 2e-5)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_nan_and_infinity_go_where_they_go_in_torch(fused, value):
-    block, x, grad = make_block(16, 16, True), torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8)
-    x[1, 3, 4, 4] = value
-    expected = reference(block, x, grad, "none")
-    for one, true in zip(train(block, x, grad, "none"), expected):
-        assert one.isnan().logical_or(true.isfinite()).all()
-    block, x = make_block(16, 16, False).eval(), torch.randn(2, 16, 8, 8)
-    x[1, 3, 4, 4] = value
+def test_evaluation_uses_the_running_statistics(ops):
+    torch.manual_seed(0)
+    block = Block(16, 32, True).eval()
+    x = torch.randn(4, 16, 8, 8)
     with torch.no_grad():
-        found = block(x, "none")
-    expected = reference(block, x, grad, "none")[0]
-    assert (found.isfinite() <= expected.isfinite()).all()
-    assert found[0].isfinite().all()  # the other image
+        assert distance(block(x), copy.deepcopy(block).double().native(x.double())) < 2e-6
 
 
-def test_gradients_of_a_step_are_as_good_as_native(digits):
-    """Over a whole step, at initialisation and after an epoch: errors against float64, most of them
-    from ReLUs whose input is nearly 0, as geometric means over seeds and configurations."""
-    train, _ = digits
-    errors = {kernel: [] for kernel in ("native", "fused")}
-    configs = ((4, 3, 3), (1, 1, 8), (7, 1, 2))
-    for seed in range(2):
-        torch.manual_seed(seed)
-        network = common.ResNet("resnet20", 10, supernet=seed == 0)
-        learner = common.Learner(network, arguments())
-        for trained in (False, True):
-            images, labels = train.batch(torch.arange(seed, len(train), 24))
-            for config in configs:
-                exact = copy.deepcopy(network).double()
-                common.choose_kernel("native", "cpu")
-                F.cross_entropy(exact(images.double(), config), labels).backward()
-                for kernel in errors:
-                    assert common.choose_kernel(kernel, "cpu") == kernel
-                    network.zero_grad()
-                    F.cross_entropy(network(images, config), labels).backward()
-                    found, true = (torch.cat([p.grad.flatten().double() for p in net.parameters()])
-                                   for net in (network, exact))
-                    errors[kernel].append(distance(found, true))
-            if not trained:
-                for i, part in enumerate(torch.arange(len(train)).split(64)):
-                    learner.step(*train.batch(part), configs[i % 3], 0.05)
-    means = {kernel: math.exp(sum(map(math.log, found)) / len(found))
-             for kernel, found in errors.items()}
-    assert len(errors["fused"]) == 12 and means["fused"] < 1.5 * means["native"], errors
+def test_statistics_do_not_cancel(ops):
+    """A mean of 1000 beside a standard deviation of 0.01, which float32 sums would lose."""
+    torch.manual_seed(0)
+    y = 1000 + 0.01 * torch.randn(4, 20, 17, 19).to(memory_format=torch.channels_last)
+    y[:, 3] = 7.0  # constant
+    identity = torch.zeros(20, 20, 3, 3)
+    identity[range(20), range(20), 1, 1] = 1
+    convolved, rows, _, _ = ops.norm_conv(y, None, identity, None, None, 1e-5, 0, True)
+    for tensor, norm in ((y, ops.moments(y, None, None, 1e-5)), (convolved, rows)):
+        exact = tensor.double()
+        center, offset, _, _, _, variance = norm.double()
+        assert (center + offset - exact.mean((0, 2, 3))).abs().max() < 1e-7
+        assert torch.allclose(variance, exact.var((0, 2, 3), correction=0), rtol=1e-4, atol=1e-12)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("case", CASES)
-def test_block_on_a_gpu(monkeypatch, case):
-    monkeypatch.setattr(common, "fused", kernels)
-    block, x, grad = make_case(*case, 0)
-    expected = reference(block, x, grad, case[5])
-    for one, true in zip(train(block.cuda(), x.cuda(), grad.cuda(), case[5]), expected):
-        assert distance(one.cpu(), true) < 5e-5
+def test_block_on_a_gpu(case):
+    block, x, grad = make_case(*case)
+    expected = in_float64(block, x, grad, case[5])
+    results = train(block.cuda(), block, x.cuda(), grad.cuda(), case[5])
+    assert_close([result.cpu() for result in results], expected, 5e-5)
+
+
+# ------------------------------------------------------------------------------------ not fused
+
+@pytest.mark.parametrize("c_in, c_out, downsample, dtype, in_evaluation", [
+    (16, 16, "stride", torch.float32, ""), (16, 24, "stride", torch.float32, ""),
+    (4, 4, "maxpool", torch.float32, ""), (16, 16, "maxpool", torch.float64, ""),
+    (16, 24, "maxpool", torch.float32, "norm1 norm2 shortcut"),
+    (16, 16, "none", torch.float32, "norm2")])
+def test_unfused_block_against_float64(c_in, c_out, downsample, dtype, in_evaluation):
+    block, x, grad = make_case(3, c_in, c_out, 7, 8, downsample, True)
+    block.to(dtype)
+    for name in in_evaluation.split():
+        getattr(block, name).eval()
+    expected = in_float64(block, x.to(dtype), grad, downsample)
+    assert_close(train(block, block, x.to(dtype), grad, downsample), expected, 5e-5)
+
+
+def test_block_under_autocast():
+    block, x, grad = make_case(3, 16, 24, 8, 8, "maxpool", True)
+    exact = copy.deepcopy(block).double().native(x.double(), "maxpool")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = block(x, "maxpool")
+        of_stem = make_stem(True)[1](x[:, :3])
+    assert out.dtype == of_stem.dtype == torch.bfloat16
+    assert distance(out, exact) < 0.02
+
+
+def test_block_compiles_without_a_graph_break():
+    kernels.load()
+    block, x, grad = make_case(*CASES[2])
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    expected = in_float64(block, x, grad, "maxpool")
+    assert_close(train(block, compiled, x, grad, "maxpool"), expected, 5e-5)
+
+
+@pytest.mark.parametrize("downsample", ["none", "maxpool", "stride"])
+def test_operations_are_counted_on_meta_tensors(downsample):
+    with torch.device("meta"):
+        layers, stem = make_stem(True)
+        block = Block(16, 32, True)
+        x = torch.zeros(2, 3, 8, 8)
+    counts = []
+    for first, second in ((stem, block), (layers, block.native)):
+        with FlopCounterMode(display=False) as counter:
+            out = second(first(x), downsample)
+        counts.append((out.shape, counter.get_total_flops()))
+    assert counts[0] == counts[1] and counts[0][1] > 0
+
+
+def test_what_a_block_does_not_take():
+    block = Block(16, 24, False)
+    stride = nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False)
+    for change, message in ((("shortcut", None), "needs a shortcut"),
+                            (("conv1", stride), "no stride"),
+                            (("conv2", nn.Conv2d(24, 24, 3, padding=1)), "bias"),
+                            (("downsample", "average"), "none, maxpool or stride")):
+        arguments = {"x": torch.ones(2, 16, 4, 4), **dict(block.named_children())}
+        with pytest.raises(ValueError, match=message):
+            kernels.basic_block(**(arguments | dict([change])))
