@@ -1,0 +1,103 @@
+"""Compare finished searches with the ground truth.
+
+    python results/compare.py --ground-truth results/ground-truth/results.csv results/searches/*
+
+Prints a Markdown table. Runs that differ in nothing but the seed share a row, mean +- standard
+deviation. The last row costs nothing: all their configurations ranked by multiply-adds, the
+dearest first. Writes compare.png into --out: Kendall tau over the epochs of runs with --rank-every.
+"""
+import json
+import sys
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+
+DIGITS = {"mean_accuracy": 4, "kendall_tau": 3, "spearman_rho": 3, "pick_rank": 1, "regret": 4}
+
+
+def read_search(folder: Path) -> dict:
+    """result.json and, as "rankings", the epochs of log.jsonl after which the run ranked."""
+    log = folder / "log.jsonl"
+    try:
+        search = json.loads((folder / "result.json").read_text())
+        search["accuracies"] = {entry["config"]: entry["accuracy"] for entry in search["ranking"]}
+        lines = log.read_text().splitlines() if log.exists() else []
+        search["rankings"] = [line for line in map(json.loads, lines) if "ranking" in line]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise common.UserError(f"{folder} holds no finished search: {error!r}") from error
+    search["settings"].setdefault("draw", "uniform")  # older versions had nothing else
+    return search
+
+
+def differing_settings(searches: list[dict]) -> list[str]:
+    """Those with several values; that a script lacks a setting does not count."""
+    values = {}
+    for search in searches:
+        for name, value in search["settings"].items():
+            values.setdefault(name, set()).add(str(value))
+    ignored = common.NOT_COMPARED | {"seed"}
+    return [name for name in values if len(values[name]) > 1 and name not in ignored]
+
+
+def mean_and_spread(values: list[float | None], digits: int) -> str:
+    values = [value for value in values if value is not None]
+    deviation = f" +- {common.spread(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}" if values else "-"
+
+
+def plot(columns: list[str], curves: dict[tuple, dict[int, list[float]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+    axes = Figure(figsize=(8, 5), layout="constrained").subplots()
+    for row, taus in curves.items():
+        epochs = sorted(taus)
+        means = [mean(taus[epoch]) for epoch in epochs]
+        deviations = [common.spread(taus[epoch]) for epoch in epochs]
+        label = ", ".join(f"{name} {value}" for name, value in zip(columns, row) if value)
+        axes.errorbar(epochs, means, deviations, marker="o", capsize=3, label=label or "all")
+    axes.set(xlabel="epoch", ylabel="Kendall tau: mean, standard deviation over runs")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    common.save_figure(axes.figure, path)
+
+
+def main() -> None:
+    parser = common.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ground-truth", required=True, help="results.csv of train_exhaustive.py")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for compare.png")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a search's folder")
+    args = parser.parse_args()
+
+    searches = [read_search(folder) for folder in args.runs]
+    macs = {entry["config"]: entry["macs"] for search in searches for entry in search["ranking"]}
+    truth = common.read_ground_truth(args.ground_truth, list(macs))
+    columns = differing_settings(searches)
+    rows = {}
+    curves = {}  # Kendall taus by row and epoch
+    for search in searches:
+        search |= common.rank_metrics(search["accuracies"], truth)
+        search["mean_accuracy"] = mean(search["accuracies"].values())
+        steps = sum(sum(entry["steps"]) for entry in search["ranking"])
+        row = (*[str(search["settings"].get(name, "")) for name in columns], f"{steps:,}")
+        rows.setdefault(row, []).append(search)
+        for line in search["rankings"]:
+            tau = common.rank_metrics(line["ranking"], truth)["kendall_tau"]
+            if tau is not None:  # not all accuracies are equal
+                curves.setdefault(row, {}).setdefault(line["epoch"], []).append(tau)
+    rows[("no search", *[""] * len(columns))] = [common.rank_metrics(macs, truth) | {
+        "mean_accuracy": None, "pick": max(macs, key=macs.get)}]
+
+    print("| " + " | ".join([*columns, "steps", "runs", *DIGITS, "picks"]) + " |")
+    print("|" + " --- |" * (len(columns) + len(DIGITS) + 3))
+    for row, runs in rows.items():
+        cells = [mean_and_spread([run[name] for run in runs], DIGITS[name]) for name in DIGITS]
+        picks = "; ".join(run["pick"] for run in runs)
+        print("| " + " | ".join([*row, str(len(runs)), *cells, picks]) + " |")
+    if curves:
+        args.out.mkdir(parents=True, exist_ok=True)
+        plot(columns, curves, args.out / "compare.png")
+
+
+if __name__ == "__main__":
+    common.run_script(main)
