@@ -3,34 +3,29 @@
     python search_mixture.py                                       # embedded digits, minutes
     python search_mixture.py --dataset cifar10 --num-supernets 4   # the paper's protocol
     torchrun --nproc-per-node=4 search_mixture.py --dataset cifar10 --num-supernets 4
-    python search_mixture.py --compare runs/* --ground-truth results.csv    # several searches
 
 M supernets train side by side. An assignment P(m|c), learned from validation accuracies and kept
 balanced so that no supernet starves, leads each configuration to a supernet whose weights suit it.
 An epoch is one pass of every supernet over the training half: M supernets cost M times one. Under
 torchrun each rank owns an equal part of the supernets and exchanges nothing but scores.
 
-Writes runs/mixture-<dataset>/: config.json, log.jsonl (a line an epoch), checkpoint.pt and the one
-before, supernets.pt (the weights), correct.pt (which validation images each configuration gets
-right), result.json (the ranking, its uncertainty, the pick), ranking.png, assignment.png.
+Writes runs/mixture-<dataset>/: config.json, log.jsonl (a line an epoch), checkpoint.pt,
+supernets.pt (the weights), result.json (the ranking, the pick), ranking.png, assignment.png.
 The same command, with any number of ranks, continues a stopped run.
 Source: arXiv:2306.11982, section 3 (the mixture and its balance).
 """
+from __future__ import annotations
+
+import argparse
 import io
-import itertools
 import math
-from pathlib import Path
-from statistics import mean
+import time
 
 import torch
 import torch.distributed as dist
 
-from common import (Config, Gather, Gauge, Images, Learner, Parser, Run, UserError, barrier,
-                    config_name, cosine, draw_configs, draw_probabilities, evaluate_configs,
-                    expected_time, finish_search, load_dataset, make_network, number, progress,
-                    rank, rank_metrics, read_ground_truth, read_log, read_search, read_steps,
-                    report_search, run_script, save_figure, save_tensors, search_space,
-                    split_for_search, spread, stream, stream_seed, world)
+import common
+from common import Config, Images, Learner, Run, UserError, number, rank, world
 
 # Rounds between two exchanges of scores. The draws of an interval use the scores that were known
 # when the one before it began, so they are 8 to 16 rounds old (of 196 in an epoch of CIFAR-10), and
@@ -38,89 +33,27 @@ from common import (Config, Gather, Gauge, Images, Learner, Parser, Run, UserErr
 INTERVAL = 8
 
 
-def arguments():
-    parser = Parser(__doc__, search=True)
-    search = parser.add_argument_group("mixture")
-    search.add_argument("--num-supernets", type=number(int, 1), default=4, metavar="M",
-                        help="supernets in the mixture")
-    search.add_argument("--temperature", type=number(float, 0, 1e6), nargs=2,
-                        metavar=("FIRST", "LAST"), help="of the assignment, linear over the "
-                        "epochs; None: by network, 1 100, resnet18 1 150, resnet50 1 300")
-    search.add_argument("--decay", type=number(float, 0, 1), help="d of the moving average of "
-                        "accuracies; None: 0.9, food101 0.95")
-    search.add_argument("--tolerance", type=number(float, 0), default=1e-4,
-                        help="balance until KL(P(m) || uniform) is at most this")
-    search.add_argument("--no-balance", dest="balance", action="store_false",
-                        help="ablation: the plain softmax, drawn in the paper's order")
-    search.add_argument("--compare", nargs="+", metavar="RUN", help="train nothing: print a table "
-                        "of these finished searches, single ones too, against --ground-truth; of "
-                        "those with --rank-every draw Kendall tau over the epochs, compare.png")
-    return parser.parse_args()
-
-
-def compare(args) -> None:
-    """--compare: a Markdown table. Runs that differ in nothing but the seed share a row, mean +-
-    standard deviation; its columns are the settings that differ, then what came out. The last row
-    is what costs nothing: the ranking by multiply-adds, the dearest first."""
-    if not args.ground_truth:
-        raise UserError("--compare needs --ground-truth, results.csv of train_exhaustive.py")
-    results = [read_search(Path(folder)) for folder in args.compare]
-    known = [result["settings"] for result in results]
-    columns = [key for key in dict.fromkeys(itertools.chain(*known))
-               if key not in Run.not_compared | {"seed"}
-               and len({str(settings[key]) for settings in known if key in settings}) > 1]
-    formats = {"mean_accuracy": ".4f", "kendall_tau": ".3f", "spearman_rho": ".3f",
-               "pick_rank": ".1f", "regret": ".4f"}
-    rows, curves = {}, {}
-    for folder, result in zip(args.compare, results):
-        ranking = result["ranking"]
-        row = (*(str(result["settings"].get(key, "")) for key in columns),
-               f"{sum(sum(entry['steps']) for entry in ranking):,}")
-        scores = {entry["config"]: entry["accuracy"] for entry in ranking}
-        truth = read_ground_truth(args.ground_truth, list(scores))
-        rows.setdefault(row, []).append(rank_metrics(scores, truth) | {
-            "mean_accuracy": mean(scores.values()), "pick": result["pick"]})
-        for line in read_log(Path(folder)):
-            tau = rank_metrics(line["ranking"], truth)["kendall_tau"] if "ranking" in line else None
-            if tau is not None:
-                curves.setdefault(row, {}).setdefault(line["epoch"], []).append(tau)
-    macs = {entry["config"]: entry["macs"] for entry in ranking}
-    rows[("no search", *[""] * len(columns))] = [rank_metrics(macs, truth) | {
-        "mean_accuracy": None, "pick": max(macs, key=macs.get)}]
-
-    def cell(values: list[float | None], form: str) -> str:
-        defined = [value for value in values if value is not None]
-        between = f" +- {spread(defined):{form}}" if len(defined) > 1 else ""
-        return f"{mean(defined):{form}}{between}" if defined else "-"
-
-    lines = [[*columns, "steps", "runs", *formats, "picks"]]
-    lines += [["---"] * len(lines[0])]
-    lines += [[*row, str(len(found)), *(cell([run[key] for run in found], form)
-                                        for key, form in formats.items()),
-               "; ".join(run["pick"] for run in found)] for row, found in rows.items()]
-    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    if curves:
-        from matplotlib.figure import Figure
-        figure = Figure(figsize=(8, 5), layout="constrained")
-        axes = figure.subplots()
-        for row, points in curves.items():
-            axes.errorbar(*zip(*((epoch, mean(taus), spread(taus))
-                                 for epoch, taus in sorted(points.items()))),
-                          marker="o", capsize=3, label=", ".join(
-                              f"{key} {value}" for key, value in zip(columns, row) if value))
-        axes.set(xlabel="epoch", ylabel="Kendall tau: mean, standard deviation over runs")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        folder = Path(args.out or "runs/compare")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_figure(figure, folder / "compare.png")
-        print(f"\nKendall tau over the epochs: {folder}/compare.png")
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = common.make_parser(__doc__, search=True)
+    add = parser.add_argument_group("mixture").add_argument
+    add("--num-supernets", type=number(int, 1), default=4, metavar="M",
+        help="supernets in the mixture")
+    add("--temperature", type=number(float, 0, 1e6), nargs=2, metavar=("FIRST", "LAST"),
+        help="of the assignment, linear over the epochs; None: by network, 1 100, resnet18 1 150, "
+        "resnet50 1 300")
+    add("--decay", type=number(float, 0, 1), help="d of the moving average of accuracies; None: "
+        "0.9, food101 0.95")
+    add("--tolerance", type=number(float, 0), default=1e-4,
+        help="balance until KL(P(m) || uniform) is at most this")
+    add("--no-balance", dest="balance", action="store_false",
+        help="ablation: the plain softmax, drawn in the paper's order")
+    return common.fill_defaults(parser.parse_args(argv), search=True)
 
 
 def balance(scores: torch.Tensor, temperature: float, tolerance: float, draw: torch.Tensor,
             max_iterations: int = 1000) -> torch.Tensor:
     """P(m|c), float64 (C,M): softmax_m(T W) with the marginal P(m) = sum_c pi(c) P(m|c) made
-    uniform. draw: pi, float64 (C,).
+    uniform. scores: W, float64 (C,M); draw: pi, float64 (C,).
 
     Iterative proportional fitting: divide every column by P(m), renormalise every row, until
     KL(P(m) || uniform) <= tolerance. In logarithms, so that e^-300 stays a number. Where two
@@ -129,7 +62,8 @@ def balance(scores: torch.Tensor, temperature: float, tolerance: float, draw: to
     """
     supernets = scores.shape[1]
     draw = draw / draw.max()  # uniform: exactly 1
-    log_draw, log_total = draw.log()[:, None], math.log(draw.sum())
+    log_draw = draw.log()[:, None]
+    log_total = math.log(draw.sum())
     log_p = torch.log_softmax(temperature * scores, 1)
     for _ in range(max_iterations):
         log_marginal = torch.logsumexp(log_draw + log_p, 0) - log_total
@@ -140,7 +74,8 @@ def balance(scores: torch.Tensor, temperature: float, tolerance: float, draw: to
     return log_p.exp()
 
 
-def assign(scores: torch.Tensor, temperature: float, draw: torch.Tensor, args) -> torch.Tensor:
+def assign(scores: torch.Tensor, temperature: float, draw: torch.Tensor,
+           args: argparse.Namespace) -> torch.Tensor:
     """P(m|c), float64 (C,M), balanced or, with --no-balance, the softmax as it is."""
     if args.balance:
         return balance(scores, temperature, args.tolerance, draw)
@@ -149,7 +84,7 @@ def assign(scores: torch.Tensor, temperature: float, draw: torch.Tensor, args) -
 
 def draw_rounds(assignment: torch.Tensor, draw: torch.Tensor, rounds: int, balanced: bool,
                 rngs: list[torch.Generator]) -> list[tuple[int, int]]:
-    """M draws (c, m) a round from pi(c) P(m|c); draw: pi, float64 (C,); rngs: a stream per supernet.
+    """M draws (c, m) a round from pi(c) P(m|c); draw: pi, float64 (C,); rngs: a stream a supernet.
 
     Balanced: every supernet m once a round, on c ~ P(c|m), proportional to pi(c) P(m|c). Since P(m)
     is uniform this is the paper's joint distribution, stratified over m. Otherwise the paper's
@@ -160,8 +95,8 @@ def draw_rounds(assignment: torch.Tensor, draw: torch.Tensor, rounds: int, balan
         joint = assignment * (draw / draw.max())[:, None]
         drawn = [torch.multinomial(column, rounds, replacement=True, generator=rng).tolist()
                  for column, rng in zip(joint.T, rngs)]
-        return [(c, m) for draws in zip(*drawn) for m, c in enumerate(draws)]
-    drawn = draw_configs(draw, rounds * supernets, rngs[0])
+        return [(c, m) for one_round in zip(*drawn) for m, c in enumerate(one_round)]
+    drawn = common.draw_configs(draw, rounds * supernets, rngs[0])
     owners = torch.multinomial(assignment[drawn], 1, generator=rngs[0]).flatten()
     return list(zip(drawn.tolist(), owners.tolist()))
 
@@ -178,163 +113,194 @@ def search_step(learner: Learner, training, checking, config: Config, lr: float)
     return torch.cat([trained, learner.check(*next(checking), config)[None]])
 
 
-def collect(content) -> list | None:
-    """The content (what torch.save takes) of every rank on rank 0, tensors on the CPU."""
-    buffer, found = io.BytesIO(), [None] * world
-    save_tensors(content, buffer)
-    if world > 1:
-        barrier()  # here a dead rank is noticed
-        dist.gather_object(buffer.getvalue(), found if rank == 0 else None)
-    else:
-        found = [buffer.getvalue()]
-    return None if rank else [torch.load(io.BytesIO(part), map_location="cpu", weights_only=True)
-                              for part in found]
-
-
-def merge(gathered: Gather) -> torch.Tensor:
-    """The ranks' columns of W side by side: float64 (C,M) on the CPU."""
-    return torch.cat(tuple(gathered.result()), 1)
-
-
 def evaluate_owned(learners: dict[int, Learner], assignment: torch.Tensor, configs: list[Config],
                    validation: Images, batch_size: int) -> tuple[torch.Tensor, list[int]]:
-    """Which validation images every configuration gets right on its own supernet, argmax_m P(m|c):
-    bool (C,n); and that supernet."""
+    """The validation accuracy of every configuration on its own supernet, argmax_m P(m|c):
+    float64 (C,); and that supernet. Each rank evaluates on its supernets."""
     owners = assignment.argmax(1)
-    correct = torch.zeros(len(configs), len(validation), dtype=torch.uint8)
+    accuracies = torch.zeros(len(configs), dtype=torch.float64)
     for m, learner in learners.items():
         owned = (owners == m).nonzero().flatten().tolist()
         if owned:
-            correct[owned] = evaluate_configs(learner.network, [configs[c] for c in owned],
-                                              validation.evaluation_batches(batch_size)).byte()
-    return Gather(correct).result().bool().any(0), owners.tolist()
+            accuracies[owned] = common.evaluate_configs(
+                learner.network, [configs[c] for c in owned],
+                validation.evaluation_batches(batch_size), learner.amp)
+    if world > 1:
+        dist.all_reduce(accuracies)
+    return accuracies, owners.tolist()
 
 
-def plot_assignment(run: Run, configs: list[Config]) -> None:
-    """P(m|c) as heat maps at the epochs that log.jsonl kept it for (paper, figure 5)."""
+class Exchange:
+    """W of all ranks, float64 (C,M) on the CPU, from the columns of each. It begins at once and
+    waits for nobody, neither the device nor a rank; `result` does."""
+
+    def __init__(self, own: torch.Tensor):
+        self.own = own.to("cpu", non_blocking=True, copy=True)
+        self.columns = [torch.empty_like(self.own) for _ in range(world)]
+        self.copied = torch.cuda.current_stream(own.device).record_event() if own.is_cuda else None
+        self.work = None if own.is_cuda else self.send()
+
+    def send(self):
+        return dist.all_gather(self.columns, self.own, async_op=True) if world > 1 else None
+
+    def result(self) -> torch.Tensor:
+        if self.copied:
+            self.copied.synchronize()
+            self.work = self.send()
+        if self.work is None:
+            return self.own
+        self.work.wait()
+        return torch.cat(self.columns, 1)
+
+
+def collect(states: dict[int, dict]) -> dict[int, dict] | None:
+    """The states of all ranks' supernets on rank 0; None on the others."""
+    if world == 1:
+        return states
+    buffer = io.BytesIO()
+    torch.save(states, buffer)
+    gathered = [None] * world if rank == 0 else None
+    dist.gather_object(buffer.getvalue(), gathered)
+    if rank > 0:
+        return None
+    collected = {}
+    for part in gathered:
+        collected |= torch.load(io.BytesIO(part), map_location="cpu", weights_only=True)
+    return collected
+
+
+def plot_assignment(path: Path, log: list[dict], names: list[str]) -> None:
+    """P(m|c) as heat maps at the epochs that kept it (paper, figure 5)."""
     from matplotlib.figure import Figure
-    kept = [line for line in read_log(run.folder) if "assignment" in line]
-    figure = Figure(figsize=(1.2 + 1.3 * len(kept), 7), layout="constrained")
-    for axes, line in zip(figure.subplots(1, len(kept), sharey=True, squeeze=False)[0], kept):
+    lines = [line for line in log if "assignment" in line]
+    figure = Figure(figsize=(1.2 + 1.3 * len(lines), 7), layout="constrained")
+    panels = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
+    for axes, line in zip(panels, lines):
         image = axes.imshow(line["assignment"], aspect="auto", vmin=0, vmax=1, cmap="magma")
         axes.set(title=f"epoch {line['epoch']}\nT = {line['temperature']:.0f}", xlabel="supernet m",
                  xticks=range(len(line["p_m"])))
-        axes.set_yticks(range(len(configs)), map(config_name, configs), fontsize=7)
+        axes.set_yticks(range(len(names)), names, fontsize=7)
     figure.colorbar(image, label="P(m|c)")
-    save_figure(figure, run.folder / "assignment.png")
+    common.save_figure(figure, path)
 
 
-def main() -> None:
-    args = arguments()
-    if args.compare:
-        return compare(args)
-    data = load_dataset(args)
-    space = search_space(args, data[0], supernet=True)
-    configs, macs, count = space.configs, space.macs, args.num_supernets
-    names = [config_name(config) for config in configs]
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    common.join_ranks()
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    args.device = common.choose_device(args.device)
+    args.kernel = common.choose_kernel(args.kernel, args.device)
+    common.keep_freed_memory()
+
+    data = common.load_dataset(args)
+    space = common.search_space(args, data[0])
+    configs = space.configs
+    count = args.num_supernets
     if count > len(configs):
         raise UserError(f"--num-supernets {count}: at most {len(configs)}, one a configuration")
-    train, validation = split_for_search(data[0], args)
-    truth = read_ground_truth(args.ground_truth, names)
     if count % world:
         raise UserError(f"{world} ranks cannot share --num-supernets {count} equally: start a "
                         "number of processes that divides it")
+    train, validation = common.split_for_search(data[0], args)
+    truth = common.read_ground_truth(args.ground_truth, space.names)
     run = Run("mixture", args, data)
-    if report_search(run, args, truth):
-        return
+    if (run.folder / "result.json").exists():
+        return common.report_search(run, truth)
 
     own = range(rank * count // world, (rank + 1) * count // world)  # this rank's supernets
-    learners = {m: Learner(make_network(args, train, True, stream_seed(args.seed, "weights", m)),
-                           args) for m in own}
-    start, state = 0, run.load_checkpoint()
-    merged = torch.ones(len(configs), count, dtype=torch.float64)  # W of all ranks
-    steps = torch.zeros(len(configs), count, dtype=torch.int64)  # of training, of all ranks
-    if state:
-        start, merged, steps = state["epoch"], state["scores"], state["steps"]
+    learners = {}
+    for m in own:
+        seed = common.stream_seed(args.seed, "weights", m)
+        learners[m] = Learner(common.make_network(args, train, True, seed), args)
+    state = {"scores": torch.ones(len(configs), count, dtype=torch.float64),  # W of all ranks
+             "steps": torch.zeros(len(configs), count, dtype=torch.int64),  # of training, likewise
+             "log": []}
+    checkpoint = run.folder / "checkpoint.pt"
+    if checkpoint.exists():
+        state = common.load(checkpoint)
         for m in own:
             learners[m].load_state_dict(state["learners"][m])
-    del state
+    merged = state["scores"]
+    steps = state["steps"]
+    log = state["log"]
     scores = merged[:, own.start:own.stop].to(args.device, copy=True)  # this rank's columns of W
-    if rank == 0:
-        run.trim_log(lambda line: line["epoch"] <= start)
 
+    draw = common.draw_probabilities(configs, args.draw, space.macs)  # pi(c)
     rounds = train.num_batches(args.batch_size)
-    draw = draw_probabilities(configs, args.draw, macs)  # pi(c)
     snapshots = {round(1 + part * (args.epochs - 1) / 5) for part in range(6)}
-    all_macs = sum(macs[config] for config in configs)
-    mean_macs = sum(p * macs[config] for p, config in zip(draw.tolist(), configs))
-    steps_macs = mean_macs * (args.epochs - start) * count * len(train)
-    expected = expected_time(
-        learners[own.start], train, args.batch_size, space, steps_macs,
-        steps_macs + min(all_macs, count * space.tree_macs) * len(validation))
-    print(f"mixture of {count} supernets, {args.arch} on {args.dataset}: {len(train)} training and "
-          f"{len(validation)} validation images {train.size}x{train.size}, {train.num_classes} "
-          f"classes; {space}; {world} x {args.device}, {args.threads} threads\nepochs {start + 1} "
-          f"to {args.epochs}, {rounds} rounds of {count} steps each; expected time {expected}; "
-          f"writing to {run.folder}", flush=True)
-
-    gauge = Gauge(args.device)
-    bar = progress(total=args.epochs * rounds * count, initial=start * rounds * count, unit="step")
-    for epoch in range(start, args.epochs):
-        gauge.restart()
+    print(f"{count} supernets, epochs {len(log) + 1} to {args.epochs} of {rounds} rounds:",
+          common.describe(args, train, validation, run.folder), flush=True)
+    bar = common.progress(total=args.epochs * rounds * count, initial=len(log) * rounds * count,
+                          unit="step")
+    for epoch in range(len(log), args.epochs):
+        start = time.perf_counter()
         first, last = args.temperature
         temperature = first + (last - first) * epoch / max(args.epochs - 1, 1)
-        lr = cosine(*args.lr, epoch, args.epochs)
+        lr = common.cosine(*args.lr, epoch, args.epochs)
         # a random stream per purpose, supernet and epoch
-        draws, order, crops, checks = ([stream(args.seed, name, m, epoch) for m in range(count)]
-                                       for name in ("draws", "order", "crops", "checks"))
+        draws, order, crops, checks = (
+            [common.stream(args.seed, name, m, epoch) for m in range(count)]
+            for name in ("draws", "order", "crops", "checks"))
         training = {m: train.passes(args.batch_size, order[m], crops[m]) for m in own}
         checking = {m: validation.passes(args.batch_size, checks[m]) for m in own}
-        record = {m: [] for m in own}
+        numbers = {m: [] for m in own}
         for begin in range(0, rounds, INTERVAL):
-            assignment, known = assign(merged, temperature, draw, args), Gather(scores)
+            assignment = assign(merged, temperature, draw, args)
+            exchange = Exchange(scores)
             drawn = draw_rounds(assignment, draw, min(INTERVAL, rounds - begin), args.balance,
                                 draws)
             for i, (c, m) in enumerate(drawn):
                 steps[c, m] += 1
-                gauge.macs += 4 * macs[configs[c]] * len(train) / rounds / world  # mean of ranks
                 bar.update()
-                if m not in own:
-                    continue
-                numbers = search_step(learners[m], training[m], checking[m], configs[c], lr)
-                update_score(scores, c, m - own.start, numbers[2], args.decay)
-                record[m].append((f"epoch {epoch + 1}, round {begin + i // count + 1}, "
-                                  f"configuration {names[c]}, supernet {m}", numbers))
-            merged = merge(known)
-            bar.set_postfix_str(f"epoch {epoch + 1}, utilisation {gauge.utilisation:.2f}", False)
+                if m in own:
+                    step = search_step(learners[m], training[m], checking[m], configs[c], lr)
+                    update_score(scores, c, m - own.start, step[2], args.decay)
+                    numbers[m].append((f"epoch {epoch + 1}, round {begin + i // count + 1}, "
+                                       f"configuration {space.names[c]}, supernet {m}", step))
+            merged = exchange.result()
 
-        totals = torch.stack([read_steps(record[m], learners[m].network).sum(0) for m in own])
-        totals = Gather(totals).result().flatten(0, 1).sum(0) / (rounds * count)
-        merged = merge(Gather(scores))
+        totals = torch.zeros(count, 3, dtype=torch.float64)
+        for m in own:
+            totals[m] = common.read_steps(numbers[m], learners[m].network).sum(0)
+        if world > 1:
+            dist.all_reduce(totals)
+        loss, hits, val_hits = (totals.sum(0) / (rounds * count)).tolist()
+        merged = Exchange(scores).result()
         assignment = assign(merged, temperature, draw, args)
-        line = dict(epoch=epoch + 1, **gauge.epoch(count * len(train)))
-        line |= dict(zip(("train_loss", "train_accuracy", "val_accuracy"), totals.tolist()))
-        line |= dict(lr=lr, temperature=temperature, p_m=(draw @ assignment).tolist(),
-                     mean_max_p=assignment.max(1).values.mean().item())
+        seconds = time.perf_counter() - start
+        line = {"epoch": epoch + 1, "train_loss": loss, "train_accuracy": hits,
+                "val_accuracy": val_hits, "lr": lr, "temperature": temperature,
+                "seconds": seconds, "images_per_second": count * len(train) / seconds,
+                "p_m": (draw @ assignment).tolist(),
+                "mean_max_p": assignment.max(1).values.mean().item()}
         if epoch + 1 in snapshots:
             line["assignment"] = assignment.tolist()
         if args.rank_every and (epoch + 1) % args.rank_every == 0:
-            correct, _ = evaluate_owned(learners, assignment, configs, validation, args.batch_size)
-            line["ranking"] = dict(zip(names, correct.double().mean(1).tolist()))
+            accuracies, _ = evaluate_owned(learners, assignment, configs, validation,
+                                           args.batch_size)
+            line["ranking"] = dict(zip(space.names, accuracies.tolist()))
             if truth:
-                line |= rank_metrics(line["ranking"], truth)
+                line |= common.rank_metrics(line["ranking"], truth)
+        log.append(line)
         states = collect({m: learner.state_dict() for m, learner in learners.items()})
         if rank == 0:
-            states = {m: state for part in states for m, state in part.items()}
-            run.log(**line)
-            run.save_checkpoint(epoch=epoch + 1, scores=merged, steps=steps, learners=states)
+            common.write_log(run.folder, log)
+            common.save(checkpoint, {"learners": states, "scores": merged, "steps": steps,
+                                     "log": log})
+        common.show_epoch(bar, log, args.epochs)
     bar.close()
 
-    assignment = assign(merged, args.temperature[1] if args.epochs > 1 else args.temperature[0],
-                        draw, args)
-    correct, owners = evaluate_owned(learners, assignment, configs, validation, args.batch_size)
-    weights = collect([learner.network.state_dict() for learner in learners.values()])
+    assignment = assign(merged, log[-1]["temperature"], draw, args)
+    accuracies, owners = evaluate_owned(learners, assignment, configs, validation, args.batch_size)
+    states = collect({m: common.cpu_weights(learner.network) for m, learner in learners.items()})
     if rank == 0:
-        run.save("supernets.pt", [state for part in weights for state in part])
-        plot_assignment(run, configs)
-    finish_search(run, space, correct, owners, steps)
-    report_search(run, args, truth)
+        common.save(run.folder / "supernets.pt", [states[m] for m in range(count)])
+        plot_assignment(run.folder / "assignment.png", log, space.names)
+        common.save_ranking(run, space, accuracies, owners, steps, validation)
+        common.report_search(run, truth)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    common.run_script(main)

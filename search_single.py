@@ -6,95 +6,97 @@
 One set of weights for all configurations: every step draws one (--draw) and trains that path. At
 the end each configuration is evaluated with the shared weights on the validation half.
 
-Writes runs/single-<dataset>/: config.json, log.jsonl (a line an epoch), checkpoint.pt and the one
-before, supernets.pt (the weights), correct.pt (which validation images each configuration gets
-right), result.json (the ranking, its uncertainty, the pick), ranking.png. The same command
+Writes runs/single-<dataset>/: config.json, log.jsonl (a line an epoch), checkpoint.pt,
+supernets.pt (the weights), result.json (the ranking, the pick), ranking.png. The same command
 continues a stopped run.
 Source: arXiv:2306.11982, section 3; Guo et al., arXiv:1904.00420.
 """
+from __future__ import annotations
+
+import time
+
 import torch
 
-from common import (Gauge, Learner, Parser, Run, UserError, config_name, cosine, draw_configs,
-                    draw_probabilities, evaluate_configs, expected_time, finish_search,
-                    load_dataset, make_network, progress, rank_metrics, read_ground_truth,
-                    read_steps, report_search, run_script, search_space, split_for_search, stream,
-                    stream_seed, world)
+import common
+from common import Learner, Run, UserError
 
 
-def main() -> None:
-    args = Parser(__doc__, search=True).parse_args()
-    if world > 1:
+def main(argv: list[str] | None = None) -> None:
+    args = common.make_parser(__doc__, search=True).parse_args(argv)
+    args = common.fill_defaults(args, search=True)
+    if common.world > 1:
         raise UserError("there is one supernet to train: start it without torchrun")
-    data = load_dataset(args)
-    space = search_space(args, data[0], supernet=True)
-    configs, macs = space.configs, space.macs
-    names = [config_name(config) for config in configs]
-    train, validation = split_for_search(data[0], args)
-    truth = read_ground_truth(args.ground_truth, names)
-    run = Run("single", args, data)
-    if report_search(run, args, truth):
-        return
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    args.device = common.choose_device(args.device)
+    args.kernel = common.choose_kernel(args.kernel, args.device)
+    common.keep_freed_memory()
 
-    learner = Learner(make_network(args, train, True, stream_seed(args.seed, "weights", 0)), args)
-    supernet = learner.network
-    start, state, counts = 0, run.load_checkpoint(), torch.zeros(len(configs), 1, dtype=torch.int64)
-    if state:
-        start, counts = state["epoch"], state["steps"]
+    data = common.load_dataset(args)
+    space = common.search_space(args, data[0])
+    train, validation = common.split_for_search(data[0], args)
+    truth = common.read_ground_truth(args.ground_truth, space.names)
+    run = Run("single", args, data)
+    if (run.folder / "result.json").exists():
+        return common.report_search(run, truth)
+
+    network = common.make_network(args, train, True, common.stream_seed(args.seed, "weights", 0))
+    learner = Learner(network, args)
+    log = []
+    counts = torch.zeros(len(space.configs), 1, dtype=torch.int64)  # steps, by configuration
+    checkpoint = run.folder / "checkpoint.pt"
+    if checkpoint.exists():
+        state = common.load(checkpoint)
         learner.load_state_dict(state["learner"])
-    run.trim_log(lambda line: line["epoch"] <= start)
+        log = state["log"]
+        counts = state["counts"]
 
     steps = train.num_batches(args.batch_size)
-    probabilities = draw_probabilities(configs, args.draw, macs)
-    mean_macs = sum(p * macs[config] for p, config in zip(probabilities.tolist(), configs))
-    expected = expected_time(learner, train, args.batch_size, space,
-                             mean_macs * (args.epochs - start) * len(train),
-                             space.tree_macs * len(validation))
-    print(f"one supernet, {args.arch} on {args.dataset}: {len(train)} training and "
-          f"{len(validation)} validation images {train.size}x{train.size}, {train.num_classes} "
-          f"classes; {space}; {args.device}, {args.threads} threads\nepochs {start + 1} to "
-          f"{args.epochs}, {steps} steps each; expected time {expected}; writing to {run.folder}",
-          flush=True)
-
-    gauge = Gauge(args.device)
-    bar = progress(total=args.epochs * steps, initial=start * steps, unit="step")
-    for epoch in range(start, args.epochs):
-        gauge.restart()
-        record, lr = [], cosine(*args.lr, epoch, args.epochs)
-        draws, order, crops, checks = (stream(args.seed, name, 0, epoch)
+    draw = common.draw_probabilities(space.configs, args.draw, space.macs)
+    print(f"one supernet, epochs {len(log) + 1} to {args.epochs} of {steps} steps:",
+          common.describe(args, train, validation, run.folder), flush=True)
+    bar = common.progress(total=args.epochs * steps, initial=len(log) * steps, unit="step")
+    for epoch in range(len(log), args.epochs):
+        start = time.perf_counter()
+        lr = common.cosine(*args.lr, epoch, args.epochs)
+        draws, order, crops, checks = (common.stream(args.seed, name, 0, epoch)
                                        for name in ("draws", "order", "crops", "checks"))
         batches = train.passes(args.batch_size, order, crops)
-        drawn = draw_configs(probabilities, steps + 10, draws).tolist()
+        drawn = common.draw_configs(draw, steps + 10, draws).tolist()
+        numbers = []
         for step, c in enumerate(drawn[:steps]):
-            where = f"epoch {epoch + 1}, step {step + 1}, configuration {names[c]}, supernet 0"
-            record.append((where, learner.step(*next(batches), configs[c], lr)))
-            gauge.macs += 3 * macs[configs[c]] * len(train) / steps
+            place = f"epoch {epoch + 1}, step {step + 1}, configuration {space.names[c]}"
+            numbers.append((place, learner.step(*next(batches), space.configs[c], lr)))
             counts[c] += 1
             bar.update()
+        loss, hits = (common.read_steps(numbers, network).sum(0) / steps).tolist()
+        seconds = time.perf_counter() - start
 
-        loss, hit = (read_steps(record, supernet).sum(0) / steps).tolist()
-        line = dict(epoch=epoch + 1, **gauge.epoch(len(train)))
         # SPOS validates at its end only: a glance, one draw on each of ten batches
         batches = validation.passes(args.batch_size, checks)
-        checked = torch.stack([learner.check(*next(batches), configs[c]) for c in drawn[steps:]])
-        line |= dict(train_loss=loss, train_accuracy=hit, val_accuracy=checked.mean().item(),
-                     lr=lr)
-        bar.set_postfix_str(f"epoch {epoch + 1}, train accuracy {hit:.3f}, "
-                            f"utilisation {line['utilisation']:.2f}")
+        glances = [learner.check(*next(batches), space.configs[c]) for c in drawn[steps:]]
+        line = {"epoch": epoch + 1, "train_loss": loss, "train_accuracy": hits,
+                "val_accuracy": torch.stack(glances).mean().item(), "lr": lr,
+                "seconds": seconds, "images_per_second": len(train) / seconds}
         if args.rank_every and (epoch + 1) % args.rank_every == 0:
-            correct = evaluate_configs(supernet, configs,
-                                       validation.evaluation_batches(args.batch_size))
-            line["ranking"] = dict(zip(names, correct.double().mean(1).tolist()))
+            accuracies = common.evaluate_configs(
+                network, space.configs, validation.evaluation_batches(args.batch_size), args.amp)
+            line["ranking"] = dict(zip(space.names, accuracies.tolist()))
             if truth:
-                line |= rank_metrics(line["ranking"], truth)
-        run.log(**line)
-        run.save_checkpoint(epoch=epoch + 1, steps=counts, learner=learner.state_dict())
+                line |= common.rank_metrics(line["ranking"], truth)
+        log.append(line)
+        common.write_log(run.folder, log)
+        common.save(checkpoint, {"learner": learner.state_dict(), "counts": counts, "log": log})
+        common.show_epoch(bar, log, args.epochs)
     bar.close()
 
-    correct = evaluate_configs(supernet, configs, validation.evaluation_batches(args.batch_size))
-    run.save("supernets.pt", [supernet.state_dict()])
-    finish_search(run, space, correct, [0] * len(configs), counts)
-    report_search(run, args, truth)
+    accuracies = common.evaluate_configs(
+        network, space.configs, validation.evaluation_batches(args.batch_size), args.amp)
+    common.save(run.folder / "supernets.pt", [common.cpu_weights(network)])
+    common.save_ranking(run, space, accuracies, [0] * len(accuracies), counts, validation)
+    common.report_search(run, truth)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    common.run_script(main)
