@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
-import copy
 import csv
 import ctypes
 import hashlib
@@ -30,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -59,15 +58,12 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        if local_rank == 0:  # the other ranks make the same mistake
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except (TrainingError, OSError) as error:  # the latter: a full disk, say
         sys.exit(f"error: {error}; the same command continues from the last checkpoint")
     except KeyboardInterrupt:
-        if local_rank == 0:
-            print("interrupted: the same command continues from the last checkpoint",
-                  file=sys.stderr)
+        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
@@ -140,8 +136,8 @@ def make_parser(description: str, search: bool) -> Parser:
     add("--width", type=number(float, 0.0625, 16), default=1.0, help="multiplier on the channels")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=number(int, 1, 10 ** 6), help="passes over the training images; None: by "
-        "data set and network, digits 8 (searches), 6; cifar10 100, 200")
+    add("--epochs", type=number(int, 1, 10 ** 6), help="passes over the training images; None: "
+        + ("digits 8, cifar10 100, larger networks 400" if search else "digits 6, others 200"))
     add("--batch-size", type=number(int, 2, 10 ** 6), help="None: 128, digits 32")
     if search:
         add("--lr", type=number(float, 0), nargs=2, metavar=("FIRST", "LAST"),
@@ -169,7 +165,8 @@ def make_parser(description: str, search: bool) -> Parser:
     add = parser.add_argument_group("run").add_argument
     add("--out", help="run folder; None: runs/<stage>-<dataset>")
     add("--seed", type=number(int, 0, 2 ** 62), default=0, help="origin of every random stream")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda:1")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda (ranks take the GPUs in turn), cuda:1")
     add("--kernel", choices=["auto", "fused", "native"], default="auto",
         help="of the layers; auto: fused (kernels/) on a CPU, native ops on a GPU")
     add("--amp", choices=["off", "bf16", "fp16"], default="off",
@@ -209,7 +206,6 @@ def stream(seed: int, *key: str | int) -> torch.Generator:
 # torchrun starts `world` processes and tells each its rank; alone, a process is rank 0 of 1
 rank = int(os.environ.get("RANK", 0))
 world = int(os.environ.get("WORLD_SIZE", 1))
-local_rank = int(os.environ.get("LOCAL_RANK", 0))
 progress = partial(tqdm, disable=True if rank else None, leave=False)  # None: quiet in a file
 
 
@@ -224,7 +220,11 @@ def join_ranks() -> None:
     if "MASTER_ADDR" not in os.environ:
         raise UserError("WORLD_SIZE is set, but nothing else of torchrun's: start with torchrun, "
                         "or unset RANK and WORLD_SIZE")
-    dist.init_process_group("gloo", timeout=timedelta(days=20))  # stage 1: a network apart
+    # torchrun's store outlives a restart, and with it the addresses of the processes that died
+    store, *_ = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world,
+                            timeout=timedelta(days=20))  # who is done first waits
     # gloo's threads may still hold tensors when Python takes itself apart: SIGABRT
     atexit.register(dist.destroy_process_group)
     if rank > 0:
@@ -240,6 +240,7 @@ def barrier() -> None:
 def choose_device(device: str) -> str:
     """`device`, or this rank's share of it: ranks take the GPUs in turn. UserError if it fails."""
     if device == "cuda" and world > 1:
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         device = f"cuda:{local_rank % max(torch.cuda.device_count(), 1)}"
     try:
         torch.zeros(1, device=device)
@@ -476,13 +477,12 @@ def open_folder(folder: Path, part: str) -> Sequence:
     try:
         dataset = ImageFolder(folder / part, loader=open_image)
         classes = ImageFolder(folder / "train").classes
+        if dataset.classes != classes or len(classes) < 2:
+            raise FileNotFoundError(f"{part}/ holds {', '.join(dataset.classes)}")
+        return dataset
     except FileNotFoundError as error:
         raise UserError(f"{folder}: expected images in train/<class>/ and test/<class>/, of the "
                         f"same two or more classes: {error}") from error
-    if dataset.classes != classes or len(classes) < 2:
-        raise UserError(f"{folder}: expected train/<class>/ and test/<class>/ of the same two or "
-                        f"more classes; {part}/ holds {', '.join(dataset.classes)}")
-    return dataset
 
 
 def open_image(path: str):
@@ -563,6 +563,8 @@ def choose_images(arrays: dict[str, np.ndarray], args: argparse.Namespace) -> di
     classes = int(labels.max()) + 1
     if classes < 2:
         raise UserError(f"{args.dataset}: there is only one class, a classifier needs two")
+    if (args.num_train or 0) > len(labels):
+        raise UserError(f"--num-train {args.num_train}: there are {len(labels)} training images")
     if args.num_train not in (None, len(labels)):
         chosen, _ = stratified_split(labels, args.num_train, stream_seed(args.seed, "subset"))
         if len(np.unique(labels[chosen])) < classes:
@@ -686,10 +688,6 @@ class Space:
     default: Config
     macs: dict[Config, int]
 
-    @property
-    def names(self) -> list[str]:
-        return [config_name(config) for config in self.configs]
-
 
 def search_space(args: argparse.Namespace, images: Images) -> Space:
     """The configurations of --arch, --num-resolutions, --configs. Where the network knows no
@@ -708,7 +706,7 @@ def search_space(args: argparse.Namespace, images: Images) -> Space:
         configs = list(dict.fromkeys(parse_config(text, default) for text in args.configs))
     try:
         macs = count_macs(network, [*configs, default], images.size)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # of torch and of kernels/
         raise UserError(f"{images.size}x{images.size} images are too small for {resolutions} "
                         "resolutions") from error
     return Space(configs, default, macs)
@@ -726,7 +724,8 @@ def draw_probabilities(configs: list[Config], draw: str, macs: dict[Config, int]
             weights[i] = macs[config]
         elif draw == "blocks":
             for k in range(len(config)):
-                weights[i] /= len({other[k] for other in configs if other[:k] == config[:k]})
+                possible = [other[k] for other in configs if other[:k] == config[:k]]
+                weights[i] /= len(set(possible))
     return weights / weights.sum()
 
 
@@ -910,7 +909,7 @@ class ResNet(Network):
     def __init__(self, arch: str, num_classes: int, supernet: bool = False, width: float = 1.0,
                  downsample: str | None = None, image_size: int = 32):
         super().__init__()
-        block, channels, self.default_config, together = RESNETS[arch]
+        block, channels, self.default_config, stem_in_first_block = RESNETS[arch]
         small = arch == "resnet20"
         self.downsample = downsample or ("maxpool" if small else "stride")
 
@@ -920,7 +919,7 @@ class ResNet(Network):
         for c in channels[1:]:
             layers.append(block(c_in, c, supernet))
             c_in = block.expansion * c
-        if together:
+        if stem_in_first_block:
             layers[:2] = [AsOneLayer(layers[:2])]
         self.layers = nn.ModuleList(layers)
         self.classifier = nn.Linear(c_in, num_classes)
@@ -949,21 +948,19 @@ def count_macs(network: Network, configs: list[Config], image_size: int) -> dict
     """Multiply-adds, by torch's own counter, of one image's forward pass with each configuration;
     network: on the meta device."""
     from torch.utils.flop_counter import FlopCounterMode
-    counted = {}
 
-    def run(depth: int, x: torch.Tensor, mode: str) -> tuple[torch.Tensor, int]:
-        key = (depth, x.shape, mode)  # a layer is counted once at each resolution
-        if key not in counted:
-            with FlopCounterMode(display=False) as counter:  # 2 a multiply-add, for 2 images
-                y = network.head(x) if mode == "head" else network.layers[depth](x, mode)
-            counted[key] = (y, counter.get_total_flops() // 4)
-        return counted[key]
+    @cache  # a layer is counted once at each resolution
+    def run(depth: int, shape: torch.Size, mode: str) -> tuple[torch.Size, int]:
+        x = torch.zeros(shape, device="meta")
+        with FlopCounterMode(display=False) as counter:  # 2 a multiply-add, for 2 images
+            y = network.head(x) if mode == "head" else network.layers[depth](x, mode)
+        return y.shape, counter.get_total_flops() // 4
 
     macs = dict.fromkeys(configs, 0)
     for config in macs:
-        x = torch.zeros(2, 3, image_size, image_size, device="meta")
+        shape = torch.Size((2, 3, image_size, image_size))
         for depth, mode in enumerate([*network.downsampling(config), "head"]):
-            x, layer_macs = run(depth, x, mode)
+            shape, layer_macs = run(depth, shape, mode)
             macs[config] += layer_macs
     return macs
 
@@ -1091,17 +1088,18 @@ def train_alone(path: Path, args: argparse.Namespace, train: Images, test: Image
     """Stages 1 and 3: train a network of its own, from scratch or from where it was interrupted.
 
     Protocol (paper): SGD, learning rate x0.1 at 40, 60, 80 and 90 % of the epochs, the accuracy of
-    the last epoch on the test images. Writes `path`, *.pt, the checkpoint and then the trained
-    weights, and at the end *.json: config, seed, test_accuracy, history (an entry an epoch).
+    the last epoch on the test images. Writes `path`, *.pt, the checkpoint ("network": the weights),
+    and, when it is finished, *.json: config, seed, test_accuracy, history (an entry an epoch).
     """
     name = config_name(config)
     steps = train.num_batches(args.batch_size)
     learner = Learner(make_network(args, train, False, stream_seed(seed, "weights")), args)
-    state = load(path) if path.exists() else {"history": []}
-    history = state["history"]
-    bar.update(len(history) * steps)
-    if "optimizer" in state:
+    history = []
+    if path.exists():
+        state = load(path)
         learner.load_state_dict(state)
+        history = state["history"]
+    bar.update(len(history) * steps)
 
     for epoch in range(len(history), args.epochs):
         start = time.perf_counter()
@@ -1120,21 +1118,17 @@ def train_alone(path: Path, args: argparse.Namespace, train: Images, test: Image
             shares.append(len(labels) / len(train))
             bar.update()
         shares = torch.tensor(shares, dtype=torch.float64)
-        loss, hits = (shares @ read_steps(numbers, learner.network)).tolist()
+        loss, train_accuracy = (shares @ read_steps(numbers, learner.network)).tolist()
         seconds = time.perf_counter() - start
-        history.append({"epoch": epoch + 1, "train_loss": loss, "train_accuracy": hits, "lr": lr,
-                        "seconds": seconds, "images_per_second": len(train) / seconds})
+        history.append({"epoch": epoch + 1, "train_loss": loss, "train_accuracy": train_accuracy,
+                        "lr": lr, "seconds": seconds, "images_per_second": len(train) / seconds})
         save(path, learner.state_dict() | {"history": history})
         show_epoch(bar, history, args.epochs, f"{name} seed {seed}  ")
 
-    if "test_accuracy" not in state:
-        batches = test.evaluation_batches(args.batch_size)
-        accuracies = evaluate_configs(learner.network.eval(), [config], batches, args.amp)
-        state = {"network": cpu_weights(learner.network), "history": history,
-                 "test_accuracy": accuracies.item()}
-        save(path, state)
+    batches = test.evaluation_batches(args.batch_size)
+    accuracies = evaluate_configs(learner.network.eval(), [config], batches, args.amp)
     save(path.with_suffix(".json"), {"config": name, "seed": seed,
-                                     "test_accuracy": state["test_accuracy"], "history": history})
+                                     "test_accuracy": accuracies.item(), "history": history})
 
 
 def train_pairs(folder: Path, args: argparse.Namespace, train: Images, test: Images,
@@ -1149,8 +1143,8 @@ def train_pairs(folder: Path, args: argparse.Namespace, train: Images, test: Ima
         path = networks / f"{config_name(config)}-{seed}.pt"
         if path.with_suffix(".json").exists():
             bar.update(steps)
-        else:
-            train_alone(path, args, train, test, config, seed, bar)
+            continue
+        train_alone(path, args, train, test, config, seed, bar)
         if rank == 0:
             collect_results(folder)
     bar.close()
@@ -1169,6 +1163,8 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # the latter is torch's
+        raise OSError(f"cannot write {path}, is the disk full? ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1187,18 +1183,15 @@ def save(path: Path, content: dict | list) -> None:
     with replacing(path) as temporary:
         if path.suffix == ".json":
             temporary.write_text(json.dumps(content, indent=1) + "\n")
-            return
-        try:
+        else:
             torch.save(content, temporary)
-        except RuntimeError as error:  # torch's word for a full disk
-            raise OSError(f"cannot write {path}: {error}") from error
 
 
 def load(path: Path) -> dict | list:
     """What `save` wrote; nothing in it is executed. UserError if it is damaged or foreign."""
     try:
         if path.suffix == ".json":
-            return json.loads(path.read_text())
+            return dict(json.loads(path.read_text()))
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # many kinds
         raise UserError(f"{path} is damaged or foreign ({str(error)[:80]}): move it away, and the "
@@ -1261,7 +1254,8 @@ def refuse_other_settings(config: Path, settings: dict, ignored: set[str]) -> No
     differing = []
     for name in sorted((before.keys() | settings.keys()) - ignored):
         if before.get(name) != settings.get(name):
-            differing.append(f"{name} {before.get(name)} there, {settings.get(name)} now")
+            was, now = str(before.get(name)), str(settings.get(name))
+            differing.append(f"{name} {was[:20]} there, {now[:20]} now")
     if differing:
         raise UserError(f"{config.parent} holds a run with other settings "
                         f"({'; '.join(differing)}): choose another --out, or delete it")
@@ -1309,11 +1303,12 @@ def collect_results(folder: Path) -> list[dict]:
     return rows
 
 
-def by_config(rows: list[dict]) -> dict[str, list[float]]:
+def by_config(rows: list[dict]) -> dict[Config, list[float]]:
     """Test accuracies of each configuration, one a seed."""
     accuracies = {}
     for row in rows:
-        accuracies.setdefault(row["config"], []).append(float(row["test_accuracy"]))
+        config = parse_config(row["config"])
+        accuracies.setdefault(config, []).append(float(row["test_accuracy"]))
     return accuracies
 
 
@@ -1322,30 +1317,33 @@ def spread(values: list[float]) -> float:
     return stdev(values) if len(values) > 1 else 0.0
 
 
-def read_ground_truth(path: str | None, names: list[str]) -> dict[str, float] | None:
+def read_ground_truth(path: str | None, configs: list[Config]) -> dict[Config, float] | None:
     """Mean test accuracy of each configuration in stage 1's results.csv; None without a path.
-    UserError if it is no such table, or lacks one of `names`."""
+    UserError if it is no such table, or lacks one of `configs`."""
     if path is None:
         return None
     try:
         with open(path, newline="") as file:
             accuracies = by_config(list(csv.DictReader(file)))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    except (UserError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is no table with the columns config, test_accuracy "
                         f"({type(error).__name__}: {error})") from error
-    missing = [name for name in names if name not in accuracies]
+    missing = [config_name(config) for config in configs if config not in accuracies]
     if missing:
-        raise UserError(f"{path} lacks {len(missing)} of {len(names)} configurations, "
+        raise UserError(f"{path} lacks {len(missing)} of {len(configs)} configurations, "
                         f"{missing[0]} for one: train_exhaustive.py writes them")
-    return {name: mean(values) for name, values in accuracies.items()}
+    return {config: mean(values) for config, values in accuracies.items()}
 
 
-def rank_metrics(accuracies: dict[str, float], truth: dict[str, float]) -> dict[str, float | None]:
+def rank_metrics(accuracies: dict[Config, float],
+                 truth: dict[Config, float]) -> dict[str, float | None]:
     """How well a ranking meets the ground truth: Kendall tau-b, Spearman rho (None where all
     accuracies are equal), the pick's rank (1 = best) and its regret (accuracy lost to the best)."""
     from scipy.stats import kendalltau, spearmanr
     estimated = list(accuracies.values())
-    true = [truth[name] for name in accuracies]
+    true = [truth[config] for config in accuracies]
     pick = truth[max(accuracies, key=accuracies.get)]
     metrics = {"kendall_tau": None, "spearman_rho": None}
     if len(set(estimated)) > 1 and len(set(true)) > 1:
@@ -1373,31 +1371,34 @@ def save_ranking(run: Run, space: Space, accuracies: torch.Tensor, owners: list[
         "default": config_name(space.default), "metrics": None})
 
 
-def report_search(run: Run, truth: dict[str, float] | None) -> None:
+def report_search(run: Run, truth: dict[Config, float] | None) -> None:
     """Print the best ten, the default and the worst, draw ranking.png, say what comes next."""
     if rank > 0:
         return
     result = load(run.folder / "result.json")
     ranking = result["ranking"]
-    accuracies = {entry["config"]: entry["accuracy"] for entry in ranking}
-    metrics = ""
+    accuracies = {parse_config(entry["config"]): entry["accuracy"] for entry in ranking}
     if truth:
         result["metrics"] = rank_metrics(accuracies, truth)
         save(run.folder / "result.json", result)
-        metrics = ", ".join(f"{name} {'undefined' if value is None else format(value, '.4g')}"
-                            for name, value in result["metrics"].items())
-    plot_results(run.folder / "ranking.png", {name: [value] for name, value in accuracies.items()},
-                 "validation accuracy", result["default"], f"pick: {result['pick']}", truth)
+    plot_results(run.folder / "ranking.png",
+                 {config: [accuracy] for config, accuracy in accuracies.items()},
+                 f"validation accuracy; pick: {result['pick']}", parse_config(result["default"]),
+                 truth)
 
     print("\nrank  configuration  accuracy  supernet  Mmult-adds" + "  ground truth" * bool(truth))
-    for place, entry in enumerate(ranking, 1):
-        name = entry["config"]
-        if place <= 10 or place == len(ranking) or name == result["default"]:
-            print(f"{place:4}  {name:13}  {entry['accuracy']:8.4f}  {entry['supernet']:8}  "
-                  f"{entry['macs'] / 1e6:10.1f}" + (f"  {truth[name]:12.4f}" if truth else "")
-                  + ("  default" if name == result["default"] else ""))
+    for place, (entry, config) in enumerate(zip(ranking, accuracies), 1):
+        default = entry["config"] == result["default"]
+        if place <= 10 or place == len(ranking) or default:
+            line = (f"{place:4}  {entry['config']:13}  {entry['accuracy']:8.4f}  "
+                    f"{entry['supernet']:8}  {entry['macs'] / 1e6:10.1f}")
+            if truth:
+                line += f"  {truth[config]:12.4f}"
+            print(line + "  default" * default)
     if truth:
-        print("against the ground truth:", metrics)
+        shown = [f"{name} {'undefined' if value is None else format(value, '.4g')}"
+                 for name, value in result["metrics"].items()]
+        print("against the ground truth:", ", ".join(shown))
     print(f"pick: {result['pick']}   (all of it in {run.folder}/: result.json, *.png)\n"
           f"next: python retrain.py --from {run.folder}")
 
@@ -1408,54 +1409,54 @@ def save_figure(figure, path: Path) -> None:
         figure.savefig(temporary, dpi=110, bbox_inches="tight", format="png")
 
 
-def plot_results(path: Path, accuracies: dict[str, list[float]], label: str, default: str,
-                 title: str = "", truth: dict[str, float] | None = None) -> None:
+def plot_results(path: Path, accuracies: dict[Config, list[float]], label: str, default: Config,
+                 truth: dict[Config, float] | None = None) -> None:
     """Accuracies (one or more a configuration: seeds) as a ranking, for three resolutions over the
     triangle (n1, n2) and, with a ground truth, as a scatter plot against it (paper, figure 3)."""
     from matplotlib.figure import Figure
-    means = {name: mean(values) for name, values in accuracies.items()}
-    triangle = len(parse_config(default)) == 3
+    triangle = len(default) == 3
     panels = 1 + triangle + (truth is not None)
     figure = Figure(figsize=(6 * panels, 7), layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
+    means = {config: mean(values) for config, values in accuracies.items()}
     plot_ranking(axes[0], accuracies, means, default)
-    axes[0].set(xlabel=f"{label} (bars: seeds; orange: the default)", title=title)
+    axes[0].set(xlabel=f"{label}\n(bars: seeds; orange: the default)")
     if triangle:
         plot_triangle(axes[1], means, default)
     if truth:
         plot_against_truth(axes[-1], means, truth)
-        axes[-1].set(xlabel="ground truth: test accuracy trained alone", ylabel=label)
     save_figure(figure, path)
 
 
-def plot_ranking(axes, accuracies: dict[str, list[float]], means: dict[str, float],
-                 default: str) -> None:
+def plot_ranking(axes, accuracies: dict[Config, list[float]], means: dict[Config, float],
+                 default: Config) -> None:
     """A row a configuration, the best on top; of many the best 40 and the default."""
     order = sorted(means, key=means.get, reverse=True)
-    shown = [name for i, name in enumerate(order) if i < 40 or name == default]
-    for row, name in enumerate(shown):
-        color = "tab:orange" if name == default else "tab:blue"
-        axes.plot(means[name], row, "o", color=color)
-        axes.plot(accuracies[name], [row] * len(accuracies[name]), "|", color=color)
-    axes.set_yticks(range(len(shown)), shown, fontsize=7)
+    shown = [config for i, config in enumerate(order) if i < 40 or config == default]
+    for row, config in enumerate(shown):
+        color = "tab:orange" if config == default else "tab:blue"
+        axes.plot(means[config], row, "o", color=color)
+        axes.plot(accuracies[config], [row] * len(accuracies[config]), "|", color=color)
+    axes.set_yticks(range(len(shown)), map(config_name, shown), fontsize=7)
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
 
 
-def plot_triangle(axes, means: dict[str, float], default: str) -> None:
+def plot_triangle(axes, means: dict[Config, float], default: Config) -> None:
     """Configurations of three resolutions by n1 and n2."""
-    n1, n2, _ = zip(*map(parse_config, means))
+    n1, n2, _ = zip(*means)
     dots = axes.scatter(n1, n2, c=list(means.values()), marker="s", s=500)
     best = max(means, key=means.get)
-    axes.plot(*parse_config(best)[:2], "r*", markersize=12, label=f"best: {best}")
-    axes.plot(*parse_config(default)[:2], "wo", markeredgecolor="k", label=f"default: {default}")
+    axes.plot(*best[:2], "r*", markersize=12, label=f"best: {config_name(best)}")
+    axes.plot(*default[:2], "wo", markeredgecolor="k", label=f"default: {config_name(default)}")
     axes.set(xlabel="n1, layers at full resolution", ylabel="n2, layers at half resolution")
     axes.legend()
     axes.figure.colorbar(dots, ax=axes)
 
 
-def plot_against_truth(axes, means: dict[str, float], truth: dict[str, float]) -> None:
+def plot_against_truth(axes, means: dict[Config, float], truth: dict[Config, float]) -> None:
     """A dot a configuration: what the search says over what training alone says."""
-    for name, value in means.items():
-        axes.plot(truth[name], value, "o", color="tab:blue")
-        axes.annotate(name, (truth[name], value), fontsize=6)
+    for config, value in means.items():
+        axes.plot(truth[config], value, "o", color="tab:blue")
+        axes.annotate(config_name(config), (truth[config], value), fontsize=6)
+    axes.set(xlabel="ground truth: test accuracy trained alone", ylabel="validation accuracy")

@@ -29,25 +29,27 @@ TAKEN_OVER = ("dataset", "data_dir", "image_size", "num_train", "arch", "num_res
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = common.make_parser(__doc__, search=False)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--from", dest="source", metavar="RUN", help="run folder of a search")
-    source.add_argument("--config", metavar="N,N,N", help="the configuration, e.g. 5,3,2")
+    choice = parser.add_mutually_exclusive_group(required=True)
+    choice.add_argument("--from", dest="source", metavar="RUN", help="run folder of a search")
+    choice.add_argument("--config", metavar="N,N,N", help="the configuration, e.g. 5,3,2")
     parser.add_argument("--seeds", type=number(int, 1, 1000), default=3, metavar="N",
                         help="networks a configuration, seeds --seed, --seed + 1, ...")
-    first = common.Parser(add_help=False)
-    first.add_argument("--from", dest="source")
-    source, _ = first.parse_known_args(argv)
-    pick = None
-    if source.source:
-        path = Path(source.source) / "result.json"
+
+    # the search's settings become the defaults, so --from is read before the rest
+    early = common.Parser(add_help=False)
+    early.add_argument("--from", dest="source")
+    source = early.parse_known_args(argv)[0].source
+    if source:
+        path = Path(source) / "result.json"
         result = common.load(path) if path.exists() else {}
         if "pick" not in result:
-            raise UserError(f"{source.source} holds no finished search (result.json with a pick)")
-        parser.set_defaults(**{name: result["settings"][name] for name in TAKEN_OVER})
-        pick = result["pick"]
-    args = common.fill_defaults(parser.parse_args(argv), search=False)
-    args.config = args.config or pick
-    return args
+            raise UserError(f"{source} holds no finished search (result.json with a pick)")
+        settings = result["settings"]
+        if settings["arch"] not in common.ARCHS:
+            raise UserError(f"--arch {settings['arch']} is unknown here: call retrain.main in the "
+                            "script that adds it to common.ARCHS")
+        parser.set_defaults(config=result["pick"], **{name: settings[name] for name in TAKEN_OVER})
+    return common.fill_defaults(parser.parse_args(argv), search=False)
 
 
 def paired_comparison(pick: list[float],
@@ -75,7 +77,6 @@ def main(argv: list[str] | None = None) -> None:
 
     train, test = data = common.load_dataset(args)
     space = common.search_space(args, train)
-    macs = {config_name(config): count for config, count in space.macs.items()}
     pick = common.parse_config(args.config, space.default)
     configs = list(dict.fromkeys([pick, space.default]))
     seeds = range(args.seed, args.seed + args.seeds)
@@ -89,23 +90,25 @@ def main(argv: list[str] | None = None) -> None:
 
     rows = [row for row in common.collect_results(run.folder) if row["seed"] in seeds]
     accuracies = common.by_config(rows)
-    pick, default = config_name(pick), config_name(space.default)
-    summary = {name: {"test_accuracy": mean(accuracies[name]), "std": spread(accuracies[name]),
-                      "seeds": len(accuracies[name]), "macs": macs[name]}
-               for name in dict.fromkeys([pick, default])}
-    gap, interval, p = paired_comparison(accuracies[pick], accuracies[default])
-    common.save(run.folder / "result.json", run.record | {
-        "found": pick, "default": default, "gap": gap, "gap_interval": interval, "p_value": p,
-        "configs": summary})
-
+    summary = {}
     print("\nconfiguration      test accuracy  seeds  Mmult-adds")
-    for name, entry in summary.items():
-        print(f"{name:13}  {entry['test_accuracy']:.4f} +- {entry['std']:.4f}  "
-              f"{entry['seeds']:5}  {entry['macs'] / 1e6:10.1f}" + "  default" * (name == default))
-    print(f"\n{pick} is {gap:+.4f} against the default"
-          + (f", paired over the seeds: 95 % {interval[0]:+.4f} to {interval[1]:+.4f}, p = {p:.3f}"
-             if interval else "") + f" (in {run.folder}/result.json)\n"
-          f"the trained networks: {run.folder}/networks/")
+    for config in configs:
+        name = config_name(config)
+        values = accuracies[config]
+        summary[name] = {"test_accuracy": mean(values), "std": spread(values),
+                         "seeds": len(values), "macs": space.macs[config]}
+        print(f"{name:13}  {mean(values):.4f} +- {spread(values):.4f}  {len(values):5}  "
+              f"{space.macs[config] / 1e6:10.1f}" + "  default" * (config == space.default))
+
+    gap, interval, p = paired_comparison(accuracies[pick], accuracies[space.default])
+    common.save(run.folder / "result.json", run.record | {
+        "found": config_name(pick), "default": config_name(space.default), "gap": gap,
+        "gap_interval": interval, "p_value": p, "configs": summary})
+    conclusion = f"{config_name(pick)} is {gap:+.4f} against the default"
+    if interval:
+        conclusion += (f", paired over the seeds: 95 % {interval[0]:+.4f} to {interval[1]:+.4f}, "
+                       f"p = {p:.3f}")
+    print(f"\n{conclusion}\nin {run.folder}/: result.json, the trained networks/")
 
 
 if __name__ == "__main__":

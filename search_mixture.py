@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 
 import common
-from common import Config, Images, Learner, Run, UserError, number, rank, world
+from common import (Config, Images, Learner, Run, UserError, config_name, number, rank,
+                    world)
 
 # Rounds between two exchanges of scores. The draws of an interval use the scores that were known
 # when the one before it began, so they are 8 to 16 rounds old (of 196 in an epoch of CIFAR-10), and
@@ -45,8 +46,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "0.9, food101 0.95")
     add("--tolerance", type=number(float, 0), default=1e-4,
         help="balance until KL(P(m) || uniform) is at most this")
-    add("--no-balance", dest="balance", action="store_false",
-        help="ablation: the plain softmax, drawn in the paper's order")
+    add("--balance", action=argparse.BooleanOptionalAction, default=True,
+        help="without it, as an ablation, the plain softmax, drawn in the paper's order")
     return common.fill_defaults(parser.parse_args(argv), search=True)
 
 
@@ -93,9 +94,10 @@ def draw_rounds(assignment: torch.Tensor, draw: torch.Tensor, rounds: int, balan
     supernets = assignment.shape[1]
     if balanced:
         joint = assignment * (draw / draw.max())[:, None]
-        drawn = [torch.multinomial(column, rounds, replacement=True, generator=rng).tolist()
+        drawn = [torch.multinomial(column, rounds, replacement=True, generator=rng)
                  for column, rng in zip(joint.T, rngs)]
-        return [(c, m) for one_round in zip(*drawn) for m, c in enumerate(one_round)]
+        configs = torch.stack(drawn, 1).flatten().tolist()  # round after round
+        return [(c, i % supernets) for i, c in enumerate(configs)]
     drawn = common.draw_configs(draw, rounds * supernets, rngs[0])
     owners = torch.multinomial(assignment[drawn], 1, generator=rngs[0]).flatten()
     return list(zip(drawn.tolist(), owners.tolist()))
@@ -169,7 +171,7 @@ def collect(states: dict[int, dict]) -> dict[int, dict] | None:
     return collected
 
 
-def plot_assignment(path: Path, log: list[dict], names: list[str]) -> None:
+def plot_assignment(path: Path, log: list[dict], configs: list[Config]) -> None:
     """P(m|c) as heat maps at the epochs that kept it (paper, figure 5)."""
     from matplotlib.figure import Figure
     lines = [line for line in log if "assignment" in line]
@@ -179,7 +181,7 @@ def plot_assignment(path: Path, log: list[dict], names: list[str]) -> None:
         image = axes.imshow(line["assignment"], aspect="auto", vmin=0, vmax=1, cmap="magma")
         axes.set(title=f"epoch {line['epoch']}\nT = {line['temperature']:.0f}", xlabel="supernet m",
                  xticks=range(len(line["p_m"])))
-        axes.set_yticks(range(len(names)), names, fontsize=7)
+        axes.set_yticks(range(len(configs)), map(config_name, configs), fontsize=7)
     figure.colorbar(image, label="P(m|c)")
     common.save_figure(figure, path)
 
@@ -204,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{world} ranks cannot share --num-supernets {count} equally: start a "
                         "number of processes that divides it")
     train, validation = common.split_for_search(data[0], args)
-    truth = common.read_ground_truth(args.ground_truth, space.names)
+    truth = common.read_ground_truth(args.ground_truth, configs)
     run = Run("mixture", args, data)
     if (run.folder / "result.json").exists():
         return common.report_search(run, truth)
@@ -257,8 +259,9 @@ def main(argv: list[str] | None = None) -> None:
                 if m in own:
                     step = search_step(learners[m], training[m], checking[m], configs[c], lr)
                     update_score(scores, c, m - own.start, step[2], args.decay)
-                    numbers[m].append((f"epoch {epoch + 1}, round {begin + i // count + 1}, "
-                                       f"configuration {space.names[c]}, supernet {m}", step))
+                    place = (f"epoch {epoch + 1}, round {begin + i // count + 1}, configuration "
+                             f"{config_name(configs[c])}, supernet {m}")
+                    numbers[m].append((place, step))
             merged = exchange.result()
 
         totals = torch.zeros(count, 3, dtype=torch.float64)
@@ -266,27 +269,28 @@ def main(argv: list[str] | None = None) -> None:
             totals[m] = common.read_steps(numbers[m], learners[m].network).sum(0)
         if world > 1:
             dist.all_reduce(totals)
-        loss, hits, val_hits = (totals.sum(0) / (rounds * count)).tolist()
+        loss, train_accuracy, val_accuracy = (totals.sum(0) / (rounds * count)).tolist()
         merged = Exchange(scores).result()
         assignment = assign(merged, temperature, draw, args)
         seconds = time.perf_counter() - start
-        line = {"epoch": epoch + 1, "train_loss": loss, "train_accuracy": hits,
-                "val_accuracy": val_hits, "lr": lr, "temperature": temperature,
+        line = {"epoch": epoch + 1, "train_loss": loss, "train_accuracy": train_accuracy,
+                "val_accuracy": val_accuracy, "lr": lr, "temperature": temperature,
                 "seconds": seconds, "images_per_second": count * len(train) / seconds,
-                "p_m": (draw @ assignment).tolist(),
-                "mean_max_p": assignment.max(1).values.mean().item()}
+                "p_m": (draw @ assignment).tolist(),  # P(m): uniform, if balanced
+                "mean_max_p": assignment.max(1).values.mean().item()}  # 1: each has its supernet
         if epoch + 1 in snapshots:
             line["assignment"] = assignment.tolist()
         if args.rank_every and (epoch + 1) % args.rank_every == 0:
             accuracies, _ = evaluate_owned(learners, assignment, configs, validation,
                                            args.batch_size)
-            line["ranking"] = dict(zip(space.names, accuracies.tolist()))
+            ranking = dict(zip(configs, accuracies.tolist()))
+            line["ranking"] = {config_name(config): value for config, value in ranking.items()}
             if truth:
-                line |= common.rank_metrics(line["ranking"], truth)
+                line |= common.rank_metrics(ranking, truth)
         log.append(line)
         states = collect({m: learner.state_dict() for m, learner in learners.items()})
         if rank == 0:
-            common.write_log(run.folder, log)
+            common.write_log(run.folder, log)  # first: a kill behind the last one loses no line
             common.save(checkpoint, {"learners": states, "scores": merged, "steps": steps,
                                      "log": log})
         common.show_epoch(bar, log, args.epochs)
@@ -297,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     states = collect({m: common.cpu_weights(learner.network) for m, learner in learners.items()})
     if rank == 0:
         common.save(run.folder / "supernets.pt", [states[m] for m in range(count)])
-        plot_assignment(run.folder / "assignment.png", log, space.names)
+        plot_assignment(run.folder / "assignment.png", log, configs)
         common.save_ranking(run, space, accuracies, owners, steps, validation)
         common.report_search(run, truth)
 

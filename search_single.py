@@ -18,7 +18,7 @@ import time
 import torch
 
 import common
-from common import Learner, Run, UserError
+from common import Learner, Run, UserError, config_name
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     data = common.load_dataset(args)
     space = common.search_space(args, data[0])
     train, validation = common.split_for_search(data[0], args)
-    truth = common.read_ground_truth(args.ground_truth, space.names)
+    truth = common.read_ground_truth(args.ground_truth, space.configs)
     run = Run("single", args, data)
     if (run.folder / "result.json").exists():
         return common.report_search(run, truth)
@@ -66,27 +66,29 @@ def main(argv: list[str] | None = None) -> None:
         drawn = common.draw_configs(draw, steps + 10, draws).tolist()
         numbers = []
         for step, c in enumerate(drawn[:steps]):
-            place = f"epoch {epoch + 1}, step {step + 1}, configuration {space.names[c]}"
-            numbers.append((place, learner.step(*next(batches), space.configs[c], lr)))
+            config = space.configs[c]
+            place = f"epoch {epoch + 1}, step {step + 1}, configuration {config_name(config)}"
+            numbers.append((place, learner.step(*next(batches), config, lr)))
             counts[c] += 1
             bar.update()
-        loss, hits = (common.read_steps(numbers, network).sum(0) / steps).tolist()
+        loss, train_accuracy = (common.read_steps(numbers, network).sum(0) / steps).tolist()
         seconds = time.perf_counter() - start
 
         # SPOS validates at its end only: a glance, one draw on each of ten batches
         batches = validation.passes(args.batch_size, checks)
         glances = [learner.check(*next(batches), space.configs[c]) for c in drawn[steps:]]
-        line = {"epoch": epoch + 1, "train_loss": loss, "train_accuracy": hits,
+        line = {"epoch": epoch + 1, "train_loss": loss, "train_accuracy": train_accuracy,
                 "val_accuracy": torch.stack(glances).mean().item(), "lr": lr,
                 "seconds": seconds, "images_per_second": len(train) / seconds}
         if args.rank_every and (epoch + 1) % args.rank_every == 0:
             accuracies = common.evaluate_configs(
                 network, space.configs, validation.evaluation_batches(args.batch_size), args.amp)
-            line["ranking"] = dict(zip(space.names, accuracies.tolist()))
+            ranking = dict(zip(space.configs, accuracies.tolist()))
+            line["ranking"] = {config_name(config): value for config, value in ranking.items()}
             if truth:
-                line |= common.rank_metrics(line["ranking"], truth)
+                line |= common.rank_metrics(ranking, truth)
         log.append(line)
-        common.write_log(run.folder, log)
+        common.write_log(run.folder, log)  # first: a kill behind the last checkpoint loses no line
         common.save(checkpoint, {"learner": learner.state_dict(), "counts": counts, "log": log})
         common.show_epoch(bar, log, args.epochs)
     bar.close()

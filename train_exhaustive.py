@@ -68,31 +68,31 @@ def main(argv: list[str] | None = None) -> None:
 
     rows = common.collect_results(run.folder)
     accuracies = common.by_config(rows)
-    means = {name: mean(values) for name, values in accuracies.items()}
+    means = {config: mean(values) for config, values in accuracies.items()}
     order = sorted(means, key=means.get, reverse=True)
-    default = config_name(space.default)
     tau = tau_between_seeds(rows)
     between_configs = spread(list(means.values()))
     variances = [spread(values) ** 2 for values in accuracies.values() if len(values) > 1]
     between_seeds = math.sqrt(mean(variances)) if variances else 0.0
-    ranking = [{"config": name, "test_accuracy": means[name], "std": spread(accuracies[name]),
-                "seeds": len(accuracies[name])} for name in order]
+    ranking = [{"config": config_name(config), "test_accuracy": means[config],
+                "std": spread(accuracies[config]), "seeds": len(accuracies[config])}
+               for config in order]
     common.save(run.folder / "result.json", run.record | {
         "kendall_tau_between_seeds": tau, "std_between_configs": between_configs,
         "std_between_seeds": between_seeds, "ranking": ranking})
-    common.plot_results(run.folder / "ranking.png", accuracies, "test accuracy", default)
+    common.plot_results(run.folder / "ranking.png", accuracies, "test accuracy", space.default)
 
     print("\nrank  configuration  test accuracy     std  seeds")
     for place, entry in enumerate(ranking, 1):
-        if place <= 10 or place == len(ranking) or entry["config"] == default:
+        default = entry["config"] == config_name(space.default)
+        if place <= 10 or place == len(ranking) or default:
             print(f"{place:4}  {entry['config']:13}  {entry['test_accuracy']:13.4f}  "
-                  f"{entry['std']:6.4f}  {entry['seeds']:5}"
-                  + ("  default" if entry["config"] == default else ""))
-    print(f"\nbest {order[0]}; best to worst {means[order[0]] - means[order[-1]]:.4f}; standard "
-          f"deviation between configurations {between_configs:.4f}, between seeds "
+                  f"{entry['std']:6.4f}  {entry['seeds']:5}" + "  default" * default)
+    print(f"\nbest {ranking[0]['config']}, best to worst {means[order[0]] - means[order[-1]]:.4f}; "
+          f"standard deviation between configurations {between_configs:.4f}, between seeds "
           f"{between_seeds:.4f}" + ("" if tau is None else f"; Kendall tau of two seeds {tau:.3f}"))
-    print(f"next: python search_mixture.py --dataset {args.dataset} "
-          f"--ground-truth {run.folder}/results.csv")
+    print(f"next: a search of the same data and network, with --ground-truth "
+          f"{run.folder}/results.csv")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ def read_search(folder: Path) -> dict:
     log = folder / "log.jsonl"
     try:
         search = json.loads((folder / "result.json").read_text())
-        search["accuracies"] = {entry["config"]: entry["accuracy"] for entry in search["ranking"]}
+        search["accuracies"] = {common.parse_config(entry["config"]): entry["accuracy"]
+                                for entry in search["ranking"]}
         lines = log.read_text().splitlines() if log.exists() else []
         search["rankings"] = [line for line in map(json.loads, lines) if "ranking" in line]
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -70,7 +71,10 @@ def main() -> None:
     args = parser.parse_args()
 
     searches = [read_search(folder) for folder in args.runs]
-    macs = {entry["config"]: entry["macs"] for search in searches for entry in search["ranking"]}
+    macs = {}
+    for search in searches:
+        for entry in search["ranking"]:
+            macs[common.parse_config(entry["config"])] = entry["macs"]
     truth = common.read_ground_truth(args.ground_truth, list(macs))
     columns = differing_settings(searches)
     rows = {}
@@ -82,11 +86,12 @@ def main() -> None:
         row = (*[str(search["settings"].get(name, "")) for name in columns], f"{steps:,}")
         rows.setdefault(row, []).append(search)
         for line in search["rankings"]:
-            tau = common.rank_metrics(line["ranking"], truth)["kendall_tau"]
+            ranking = {common.parse_config(name): line["ranking"][name] for name in line["ranking"]}
+            tau = common.rank_metrics(ranking, truth)["kendall_tau"]
             if tau is not None:  # not all accuracies are equal
                 curves.setdefault(row, {}).setdefault(line["epoch"], []).append(tau)
     rows[("no search", *[""] * len(columns))] = [common.rank_metrics(macs, truth) | {
-        "mean_accuracy": None, "pick": max(macs, key=macs.get)}]
+        "mean_accuracy": None, "pick": common.config_name(max(macs, key=macs.get))}]
 
     print("| " + " | ".join([*columns, "steps", "runs", *DIGITS, "picks"]) + " |")
     print("|" + " --- |" * (len(columns) + len(DIGITS) + 3))

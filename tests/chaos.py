@@ -1,80 +1,61 @@
-"""Run a stage that is killed (SIGKILL) at given moments and started again, until it ends by itself.
+"""Run stages that are killed (SIGKILL) at given moments and started again, until they end.
 
-    python chaos.py STAGE KILLS ARGUMENT...     # in the folder to run in
+    python chaos.py JSON     # a list of [folder, stage, moments, arguments], run one after another
 
-KILLS: JSON, a list of moments, each a number (of events from the start) or "PHASE FILE", the first
-such event. Events: every training step, and around every writing of a file: "torn" (half of it is
-written), "written" (not yet in its place), "replaced". Prints, as JSON, what each start did: the
-number of events of one that ended, or the event that killed it.
+A moment is "EVENT N", the Nth such event since a start. Events: "step", before a step of training;
+"torn FILE", half of the file is written, to its temporary name; "replaced FILE", it is in place.
 """
 import importlib
 import json
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import matplotlib.figure  # noqa: E402, F401  what takes time is imported before the starts
-import scipy.stats  # noqa: E402, F401
-import sklearn.datasets  # noqa: E402, F401
-import sklearn.model_selection  # noqa: E402, F401
-import torch._dynamo  # noqa: E402, F401
-import torch.utils.flop_counter  # noqa: E402, F401
-
 import common  # noqa: E402
 
-stage, kills, *argv = sys.argv[1:]
-main = importlib.import_module(stage).main
+for slow in ("matplotlib.figure", "scipy.stats", "sklearn.datasets", "torch._dynamo"):
+    importlib.import_module(slow)  # once, before the starts
 
 
-def run(moment, results):
-    """In a child process: the stage, killed at the moment."""
-    count = 0
+def die_at(moment):
+    """Let this process be killed at the moment."""
+    counts = Counter()
 
-    def event(name, damage=lambda: None):
-        nonlocal count
-        count += 1
-        if moment in (count, name):
-            damage()
-            os.write(results, json.dumps(name).encode())
+    def event(name, before_death=lambda: None):
+        counts[name] += 1
+        if moment == f"{name} {counts[name]}":
+            before_death()
             os.kill(os.getpid(), signal.SIGKILL)
 
     def step(self, *args, real=common.Learner.step):
         event("step")
         return real(self, *args)
 
-    def replace(source, target, real=os.replace):
-        name = os.path.basename(target)
-        if os.path.basename(source).startswith("tmp-"):  # it might be written only in part
-            event(f"torn {name}", lambda: os.truncate(source, os.path.getsize(source) // 2))
-        event(f"written {name}")
-        real(source, target)
-        event(f"replaced {name}")
+    def replace(temporary, path, real=os.replace):
+        half = os.path.getsize(temporary) // 2
+        event(f"torn {path.name}", lambda: os.truncate(temporary, half))
+        real(temporary, path)
+        event(f"replaced {path.name}")
 
-    def log(self, real=common.Run.log, **line):
-        event("torn log", lambda: open(self.folder / "log.jsonl", "a").write('{"epoch": 1, "se'))
-        real(self, **line)
-        event("written log")
-
-    common.Learner.step, os.replace, common.Run.log = step, replace, log
-    sys.argv = [f"{stage}.py", *argv]
-    sys.stdout = open(os.devnull, "w")
-    common.run_script(main)
-    os.write(results, json.dumps(count).encode())
+    common.Learner.step = step
+    os.replace = replace
 
 
-done = []
-for moment in [*json.loads(kills), None]:
-    reading, writing = os.pipe()
-    if child := os.fork():
-        os.close(writing)
-        with open(reading) as pipe:
-            text = pipe.read()
-        _, status = os.waitpid(child, 0)
-        done.append(json.loads(text) if text else f"exit status {status}")
-    else:
-        run(moment, writing)
+def start(stage, arguments, moment):
+    """The exit code of a stage started in a child process; -9: killed."""
+    child = os.fork()
+    if child == 0:
+        die_at(moment)
+        importlib.import_module(stage).main(arguments)
         os._exit(0)
-print(json.dumps(done))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+for folder, stage, moments, arguments in json.loads(sys.argv[1]):
+    os.chdir(folder)
+    for moment in moments:
+        assert start(stage, arguments, moment) == -signal.SIGKILL, (stage, moment)
+    assert start(stage, arguments, None) == 0, stage

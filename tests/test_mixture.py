@@ -1,11 +1,15 @@
-"""The algorithm of search_mixture.py: balance, draws, scores."""
+"""The algorithm of search_mixture.py: balance, draws, scores, steps that never wait."""
+import contextlib
+
 import numpy as np
 import pytest
 import torch
+from conftest import make_learner
 from scipy.stats import chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
-from search_mixture import balance, draw_rounds, update_score
+from search_mixture import balance, draw_rounds, search_step, update_score
 
 
 def draws(kind, count):
@@ -37,13 +41,6 @@ def test_balance_agrees_with_brute_force(supernets, temperature, kind):
     marginal = pi.numpy() @ found
     assert np.allclose(found.sum(1), 1, atol=1e-12) and found.dtype == np.float64
     assert (marginal * np.log(marginal * supernets)).sum() <= 1e-4
-
-
-def test_balance_leaves_a_balanced_assignment_alone():
-    scores = torch.zeros(36, 4, dtype=torch.float64)
-    scores[torch.arange(36), torch.arange(36) % 4] = 0.3
-    found = balance(scores, 20.0, 1e-4, draws("uniform", 36))
-    assert torch.allclose(found, torch.softmax(20 * scores, 1), atol=1e-15)
 
 
 @both_draws
@@ -100,13 +97,6 @@ def test_draw_probabilities():
     assert common.draw_probabilities(some, "blocks", {}).tolist() == [0.25, 0.25, 0.5]
 
 
-@both_draws
-def test_configurations_are_drawn_as_often_as_asked(kind):
-    pi = draws(kind, 12)
-    drawn = common.draw_configs(pi, 100_000, common.stream(0, "draws"))
-    assert chisquare(np.bincount(drawn, minlength=12), 100_000 * pi.numpy()).pvalue > 1e-3
-
-
 def test_scores_are_a_moving_average():
     scores = torch.ones(3, 2, dtype=torch.float64)
     values = [0.2, 0.5, 0.4]
@@ -115,3 +105,45 @@ def test_scores_are_a_moving_average():
     expected = 0.9 ** 3 + sum(0.1 * 0.9 ** (2 - i) * v for i, v in enumerate(values))
     assert scores[1, 0].item() == pytest.approx(expected, abs=1e-15)
     assert scores.sum().item() == pytest.approx(5 + expected)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on whatever reads a value of the device or copies between it and the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        for waiting in ("local_scalar", "nonzero", "item", "masked_sel", "unique", "equal"):
+            assert waiting not in name, name
+        result = function(*args, **(kwargs or {}))
+        if "copy" in name and isinstance(result, torch.Tensor):
+            sources = {a.device for a in args if isinstance(a, torch.Tensor) and a.dim()}
+            assert sources <= {result.device}, name
+        return result
+
+
+@pytest.mark.parametrize("device, amp, dtype, crop", [
+    ("meta", "off", torch.float32, "pad"), ("meta", "off", torch.float32, "resized"),
+    ("cpu", "bf16", torch.bfloat16, "pad"), ("cpu", "fp16", torch.float16, "pad")])
+def test_no_step_waits_for_the_device(device, amp, dtype, crop, small_images, monkeypatch):
+    """On the meta device reading a value or copying to the host is impossible; on the CPU half
+    types and the gradient scaler are watched as well. A pass's first batch may copy indices."""
+    if device == "meta":
+        monkeypatch.setattr(common, "autocast", lambda *args: contextlib.nullcontext())
+    moved = {name: getattr(small_images, name).to(device)
+             for name in ("images", "labels", "rows", "mean", "std")}
+    images = common.replace(small_images, **moved, device=device, crop=crop)
+    learner = make_learner(images, "--amp", amp)
+    dtypes = set()
+    learner.network.layers[5].register_forward_hook(lambda *call: dtypes.add(call[2].dtype))
+    training = images.passes(50, common.stream(0), common.stream(1))
+    checking = images.passes(50, common.stream(2))
+    scores = torch.ones(36, 2, dtype=torch.float64, device=device)
+    for step in range(6):
+        with NoWaiting() if step else contextlib.nullcontext():
+            numbers = search_step(learner, training, checking, (5, 3, 2), 0.1)
+            update_score(scores, 7, 1, numbers[2], 0.9)
+    assert numbers.device.type == device
+    assert numbers.dtype == torch.float64
+    assert dtypes == {dtype}
+    with pytest.raises((AssertionError, RuntimeError)), NoWaiting():
+        numbers[0].item()

@@ -1,309 +1,209 @@
-"""The networks, their downsampling and search spaces against references written on their own."""
-import json
+"""Configurations, networks, their evaluation and learning against independent references."""
+import copy
+import itertools
 import math
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-import torchvision
-from conftest import ROOT, SMALL, arguments, shell
-from PIL import Image
+import torch.nn as nn
+from conftest import arguments, make_learner
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.transforms import functional as TF
+from torchvision import models
 
 import common
 
-WIDTH = 8  # the networks here are an eighth as wide
-SHAPES = {  # channels of the blocks, expansion, channels of the stem
-    "resnet20": ([2] * 3 + [4] * 3 + [8] * 3, 1, 2),
-    "resnet18": ([8] * 2 + [16] * 2 + [32] * 2 + [64] * 2, 1, 8),
-    "resnet50": ([8] * 3 + [16] * 4 + [32] * 6 + [64] * 3, 4, 8),
-}
+CONFIGS = common.enumerate_configs(10, 3)
 
 
-def reference(arch, state, images, config, downsample, supernet, large):
-    """The network again, on a dict of weights of which only the order matters."""
-    channels, expansion, c_in = SHAPES[arch]
-    weights, cuts = iter(state.values()), set(np.cumsum(config)[:-1])
-    first = 0 if arch == "resnet50" else 1  # the number of the first block
-
-    def norm(x):
-        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, correction=0)
-        x = (x - mean) / torch.sqrt(var + 1e-5)
-        if not supernet:
-            gamma, beta, *_ = (next(weights) for _ in range(5))  # two more, and a counter
-            x = x * gamma[:, None, None] + beta[:, None, None]
-        return x
-
-    def conv(x, stride=1):
-        weight = next(weights)
-        return norm(F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2))
-
-    x = conv(images, 2 if large else 1).relu()
-    x = F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 2) if large else x  # x >= 0
-    for number, c in enumerate(channels, first):
-        stride = 1
-        if number in cuts and downsample == "maxpool":
-            n, d, h, w = x.shape
-            x = x.view(n, d, h // 2, 2, w // 2, 2).amax((3, 5))
-        elif number in cuts:
-            stride = 2
-        if expansion == 1:
-            y = conv(conv(x, stride).relu())
-        else:
-            y = conv(conv(conv(x).relu(), stride).relu())
-        if c_in != c * expansion:
-            x = conv(x, stride)
-        elif stride == 2:  # an identity: every second pixel
-            x = x[:, :, torch.arange(0, x.shape[2], 2)][:, :, :, torch.arange(0, x.shape[3], 2)]
-        x, c_in = (x + y).relu(), c * expansion
-    return x.mean((2, 3)) @ next(weights).T + next(weights)
+def test_configurations_are_in_the_papers_order_and_read_as_they_are_written():
+    assert CONFIGS == [(a, b, 10 - a - b) for a in range(1, 9) for b in range(1, 10 - a)]
+    for number, config in ((1, (1, 1, 8)), (24, (4, 3, 3)), (34, (7, 1, 2)), (36, (8, 1, 1))):
+        assert CONFIGS[number - 1] == config
+        assert common.parse_config(common.config_name(config)) == config
+    assert common.parse_config("[5, 3, 2]") == (5, 3, 2)
+    for text in ("10,0,0", "12,-1,-1", "a,b,c", "", "5,3,1", "5,5", "5,3,1,1"):
+        with pytest.raises(common.UserError, match="impossible configuration"):
+            common.parse_config(text, (4, 3, 3))
 
 
-CASES = [("resnet20", "stride", (3, 3, 4), 16, True),
-         ("resnet20", "stride", (1, 1, 8), 12, False),
-         ("resnet18", "stride", (3, 2, 2, 2), 16, False),
-         ("resnet18", "maxpool", (1, 1, 1, 6), 16, True),
-         ("resnet18", "stride", (2, 4, 3), 64, True),
-         ("resnet50", "stride", (3, 4, 6, 3), 64, True),
-         ("resnet50", "maxpool", (9, 4, 2, 1), 16, False),
-         ("resnet50", "stride", (1, 1, 1, 13), 20, True)]
+# ResNet-20 and -18 count the stem as a layer; in ResNet-50 it belongs to the first block
+@pytest.mark.parametrize("arch, count, first, default, last", [
+    ("resnet20", 36, (1, 1, 8), (4, 3, 3), (8, 1, 1)),
+    ("resnet18", 56, (1, 1, 1, 6), (3, 2, 2, 2), (6, 1, 1, 1)),
+    ("resnet50", 455, (1, 1, 1, 13), (3, 4, 6, 3), (13, 1, 1, 1))])
+def test_search_spaces_and_their_multiply_adds(arch, count, first, default, last, digits):
+    whole = common.search_space(arguments("--arch", arch), digits[0])
+    assert len(set(whole.configs)) == len(whole.configs) == count
+    assert whole.configs == sorted(whole.configs)
+    assert (whole.configs[0], whole.default, whole.configs[-1]) == (first, default, last)
+    network = common.ResNet(arch, 10, supernet=True).to("meta")
+    for config in (first, default, whole.configs[count // 3], last):
+        with FlopCounterMode(display=False) as counter:
+            network(torch.zeros(1, 3, 32, 32, device="meta"), config)
+        assert whole.macs[config] == counter.get_total_flops() // 2
 
 
-@pytest.mark.parametrize("arch, downsample, config, size, supernet", CASES)
-def test_networks_equal_references_forward_and_backward(arch, downsample, config, size, supernet):
-    torch.manual_seed(0)
-    network = common.ResNet(arch, 5, supernet, 1 / WIDTH, downsample, size).double()
-    for name, p in network.named_parameters():
-        if p.dim() == 1 and "classifier" not in name:
-            torch.nn.init.normal_(p, 1.0, 0.3)
+def test_search_spaces_of_other_sizes(digits):
+    def space(*argv):
+        return common.search_space(arguments(*argv), digits[0])
+    assert len(space("--num-resolutions", "4").configs) == math.comb(9, 3)
+    assert space("--num-resolutions", "2").default == (5, 5)
+    assert space("--num-resolutions", "1").configs == [(10,)]
+    chosen = space("--configs", "5,3,2", "1,1,8", "5,3,2")
+    assert chosen.configs == [(5, 3, 2), (1, 1, 8)]
+    assert chosen.configs == [(5, 3, 2), (1, 1, 8)]
+    assert (4, 3, 3) in chosen.macs
+
+
+def check_equal(ours, theirs, config, size):
+    """Logits, in training and not, and gradients; the weights stand in the same order in both."""
+    for p in theirs.parameters():
+        if p.dim() == 1:
+            nn.init.normal_(p, 1.0, 0.3)
+    values = theirs.double().state_dict().values()
+    ours.double().load_state_dict(dict(zip(ours.state_dict(), values, strict=True)))
     images = torch.randn(3, 3, size, size, dtype=torch.float64)
-    weight = torch.randn(3, 5, dtype=torch.float64)
-    large = size >= 64 and arch != "resnet20"
-    (network(images, config) * weight).sum().backward()
-    found = [p.grad for p in network.parameters()]
-    state = {k: v.detach().clone().requires_grad_(v.is_floating_point())
-             for k, v in network.state_dict().items()}
-    expected = reference(arch, state, images, config, downsample, supernet, large)
-    assert torch.allclose(network(images, config), expected, rtol=0, atol=1e-9)
-    grads = torch.autograd.grad((expected * weight).sum(),
-                                [state[name] for name, _ in network.named_parameters()])
-    for one, two in zip(found, grads):
-        assert torch.allclose(one, two, rtol=1e-6, atol=1e-8)
+    weights = torch.randn(3, 5, dtype=torch.float64)
+    for training in (True, False, True):
+        logits = ours.train(training)(images, config)
+        expected = theirs.train(training)(images)
+        assert torch.allclose(logits, expected, rtol=0, atol=1e-9)
+    gradients = torch.autograd.grad((logits * weights).sum(), list(ours.parameters()))
+    expected = torch.autograd.grad((expected * weights).sum(), list(theirs.parameters()))
+    for gradient, other in zip(gradients, expected):
+        assert torch.allclose(gradient, other, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("arch, size", [("resnet50", 64), ("resnet18", 32)])
 def test_default_with_stride_is_torchvisions_network(arch, size):
     torch.manual_seed(0)
-    theirs = getattr(torchvision.models, arch)(num_classes=7)
-    if arch == "resnet18":
-        theirs.conv1, theirs.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), \
-            torch.nn.Identity()
-    for name, tensor in theirs.state_dict().items():
-        if "bn" in name or "downsample.1" in name:
-            if tensor.is_floating_point():
-                tensor.uniform_(0.5, 1.5)
-    ours = common.ResNet(arch, 7, image_size=size)
-    assert ours.downsample == "stride"
-    values = list(theirs.state_dict().values())  # ours stand in the same order
-    ours.load_state_dict(dict(zip(ours.state_dict(), values, strict=True)))
-    images = torch.randn(2, 3, size, size, dtype=torch.float64)
-    for mode in (False, True):
-        ours.double().train(mode), theirs.double().train(mode)
-        assert torch.allclose(ours(images, ours.default_config), theirs(images), atol=1e-10)
-    assert ours.default_config == ((3, 4, 6, 3) if arch == "resnet50" else (3, 2, 2, 2))
+    theirs = getattr(models, arch)(num_classes=5)
+    if size < 64:
+        theirs.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        theirs.maxpool = nn.Identity()
+    ours = common.ResNet(arch, 5, image_size=size)
+    check_equal(ours, theirs, ours.default_config, size)
 
 
-def space(*argv, size=32):
-    images = common.Images(torch.zeros(2, size, size, 3, dtype=torch.uint8), torch.arange(2),
-                           torch.zeros(3), torch.ones(3), 2, True)
-    return common.search_space(arguments(*argv), images, True)
+SHAPES = {  # of networks an eighth as wide: torchvision's block, channels of the stem, the blocks
+    "resnet20": (models.resnet.BasicBlock, 2, [2] * 3 + [4] * 3 + [8] * 3),
+    "resnet18": (models.resnet.BasicBlock, 8, [8] * 2 + [16] * 2 + [32] * 2 + [64] * 2),
+    "resnet50": (models.resnet.Bottleneck, 8, [8] * 3 + [16] * 4 + [32] * 6 + [64] * 3),
+}
 
 
-def test_search_spaces():
-    # ResNet-20 and -18 count the stem as a layer; in ResNet-50 it belongs to the first block
-    for arch, count, first, default, last in (
-            ("resnet20", 36, (1, 1, 8), (4, 3, 3), (8, 1, 1)),
-            ("resnet18", 56, (1, 1, 1, 6), (3, 2, 2, 2), (6, 1, 1, 1)),
-            ("resnet50", 455, (1, 1, 1, 13), (3, 4, 6, 3), (13, 1, 1, 1))):
-        found = space("--arch", arch)
-        assert len(found.configs) == count == len(set(found.configs))
-        assert found.configs == sorted(found.configs) and found.default == default
-        assert (found.configs[0], found.configs[-1]) == (first, last) and default in found.configs
-        network = common.ResNet(arch, 2, True)
-        assert found.parameters == sum(p.numel() for p in network.parameters())
-        for config in (first, default):
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                network(torch.zeros(1, 3, 32, 32), config)
-            assert found.macs[config] == counter.get_total_flops() // 2
-    for paper in ((6, 4, 5, 1), (8, 3, 3, 2), (9, 4, 2, 1)):
-        assert paper in found.configs
-    assert sum(map(found.macs.get, found.configs)) / found.tree_macs > 4
+def reference(arch, config, downsample, large, supernet):
+    """The network with one configuration, built of torchvision's blocks."""
+    block, c_in, channels = SHAPES[arch]
+    norm = partial(nn.BatchNorm2d, affine=not supernet, track_running_stats=not supernet)
+    size, stride = (7, 2) if large else (3, 1)
+    layers = [nn.Conv2d(3, c_in, size, stride, size // 2, bias=False), norm(c_in), nn.ReLU()]
+    if large:
+        layers.append(nn.MaxPool2d(3, 2, 1))
+    cuts = set(itertools.accumulate(config[:-1]))
+    for number, c in enumerate(channels, 0 if arch == "resnet50" else 1):
+        stride = 1
+        if number in cuts and downsample == "maxpool":
+            layers.append(nn.MaxPool2d(2))
+        elif number in cuts:
+            stride = 2
+        c_out = c * block.expansion
+        shortcut = nn.MaxPool2d(1, stride)  # the identity, or every second pixel
+        if c_in != c_out:
+            shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), norm(c_out))
+        layers.append(block(c_in, c, stride, shortcut, norm_layer=norm))
+        c_in = c_out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, 5))
 
 
-def test_search_spaces_of_other_sizes():
-    assert len(space("--num-resolutions", "4").configs) == math.comb(9, 3)
-    assert space("--num-resolutions", "2").default == (5, 5)
-    assert space("--num-resolutions", "1").configs == [(10,)]
-    some = space("--configs", "5,3,2", "1,1,8")
-    assert some.configs == [(5, 3, 2), (1, 1, 8)] and (4, 3, 3) in some.macs
-    assert some.tree_macs < sum(map(some.macs.get, some.configs))
-    for argv, message in ((("--configs", "5,3,1"), "add to 10"),
-                          (("--num-resolutions", "11"), "has 10 layers"),
-                          (("--num-resolutions", "7"), "too small for 7 resolutions")):
-        with pytest.raises(common.UserError, match=message):
-            space(*argv)
-
-
-def test_defaults_follow_data_set_and_network():
-    def of(*argv, search=True):
-        return vars(arguments(*argv, search=search))
-    assert of("--dataset", "cifar10")["epochs"] == 100
-    assert of("--dataset", "cifar10", search=False)["epochs"] == 200
-    assert of("--dataset", "cifar10", search=False)["lr"] == 0.1
-    assert of()["batch_size"] == 32 and of("--arch", "resnet18")["epochs"] == 8  # digits: minutes
-    large = of("--dataset", "cifar100", "--arch", "resnet50")
-    assert (large["epochs"], large["weight_decay"], large["lr"]) == (400, 5e-4, [0.1, 0.001])
-    assert of("--dataset", "cifar100", "--weight-decay", "0.1")["weight_decay"] == 0.1
-    assert of("--dataset", "food101")["image_size"] == 64
-    assert of("--dataset", "food101", "--arch", "resnet50")["image_size"] == 224
-    assert of("--dataset", "food101", "--image-size", "96")["image_size"] == 96
-
-
-# ------------------------------------------------------------------------------- large images
-
-def write_food(folder, rng, count=3):
-    for part in ("train", "test"):
-        listed = {}
-        for value, name in enumerate(("pie", "soup")):
-            (folder / "food-101/images" / name).mkdir(parents=True, exist_ok=True)
-            listed[name] = [f"{name}/{part}{i}" for i in range(count)]
-            for i, path in enumerate(listed[name]):
-                pixels = np.full((70 + 10 * i, 100, 3), 200 * value + 10 * i, np.uint8)
-                Image.fromarray(pixels).save(folder / f"food-101/images/{path}.jpg", quality=95)
-        (folder / "food-101/meta").mkdir(exist_ok=True)
-        (folder / f"food-101/meta/{part}.json").write_text(json.dumps(listed))
-    for name in ("classes", "labels"):
-        (folder / f"food-101/meta/{name}.txt").write_text("pie\nsoup\n")
-
-
-def test_food101_from_official_files_then_from_the_cache(tmp_path):
-    write_food(tmp_path, np.random.default_rng(0))
-    argv = ("--dataset", "food101", "--data-dir", str(tmp_path), "--image-size", "32")
-    for _ in range(2):
-        train, test = common.load_dataset(arguments(*argv))
-        assert train.images.shape == (6, 32, 32, 3) and len(test) == 6 and train.crop == "resized"
-        assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-        means = train.images.double().mean((1, 2, 3))
-        assert torch.allclose(means, torch.tensor([0., 10, 20, 200, 210, 220]).double(), atol=3)
-        for file in tmp_path.glob("food-101/images/*/*"):
-            file.unlink()
-    assert (tmp_path / "food101-32.npz").exists()
-    for name in ("food101-32.npz", "food-101/meta/train.json"):
-        (tmp_path / name).unlink()
-    write_food(tmp_path, np.random.default_rng(0))
-    (tmp_path / "food-101/images/pie/train1.jpg").write_bytes(b"no image")
-    with pytest.raises(common.UserError, match="cannot read image 1.*pie/train1.jpg"):
-        common.load_dataset(arguments(*argv))
-    assert not list(tmp_path.glob("*.npz"))
-
-
-def test_resized_crops_equal_torchvisions():
+@pytest.mark.parametrize("arch, downsample, configs, size, supernet", [
+    ("resnet20", "maxpool", CONFIGS, 8, True),
+    ("resnet20", "maxpool", CONFIGS[::7], 16, False),
+    ("resnet20", "stride", [(3, 3, 4)], 64, True),
+    ("resnet20", "stride", [(1, 1, 8)], 12, False),
+    ("resnet18", "stride", [(3, 2, 2, 2), (2, 4, 3)], 64, True),
+    ("resnet18", "maxpool", [(1, 1, 1, 6)], 16, False),
+    ("resnet50", "stride", [(3, 4, 6, 3), (1, 1, 1, 13)], 20, True),
+    ("resnet50", "maxpool", [(9, 4, 2, 1)], 64, False)])
+def test_networks_equal_references_forward_and_backward(arch, downsample, configs, size, supernet):
     torch.manual_seed(0)
-    smooth = TF.resize(torch.randint(0, 256, (6, 3, 5, 5)).float(), [40, 40]).byte()
-    boxes = [(4, 8, 24, 16), (0, 0, 40, 40), (10, 20, 20, 20), (5, 5, 8, 11), (20, 0, 20, 30)]
-    boxes = torch.tensor([*boxes, (1, 2, 39, 38)])
-    flips = torch.tensor([0, 1, 0, 1, 1, 0])
-    found = common.resized_crop_and_flip(smooth.permute(0, 2, 3, 1), torch.cat(
-        [boxes / 40, flips[:, None]], 1))
-    for image, (top, left, height, width), flip, got in zip(smooth, boxes.tolist(), flips, found):
-        expected = TF.resized_crop(image.float(), top, left, height, width, [40, 40],
-                                   antialias=False)
-        expected = TF.hflip(expected) if flip else expected
-        error = (got.permute(2, 0, 1) - expected).abs()[:, 4:-4, 4:-4]  # outside: other neighbours
-        assert error.max() < 1e-3
+    ours = common.ResNet(arch, 5, supernet, 1 / 8, downsample, size)
+    large = size >= 64 and arch != "resnet20"
+    for config in configs:
+        check_equal(ours, reference(arch, config, downsample, large, supernet), config, size)
 
 
-def test_resized_crops_have_torchvisions_ranges(small_images):
-    images = common.replace(small_images, crop="resized")
-    crops = images.draw_crops(5000, common.stream(0))
-    top, left, height, width, flip = crops.unbind(1)
-    assert (crops >= 0).all() and max((top + height).max(), (left + width).max()) < 1.00001
-    area, inside = height * width, (height < 1) & (width < 1)
-    assert 0.079 < area.min() < 0.1 and area.max() > 0.95 and abs(flip.mean() - 0.5) < 0.05
-    ratio = (width / height)[inside]
-    assert 0.749 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.334
-    batch, _ = images.batch(torch.arange(400), crops[:400])
-    assert batch.shape == (400, 3, 16, 16) and batch.isfinite().all()
-    assert next(images.passes(64, common.stream(1), common.stream(2)))[0].shape[1:] == (3, 16, 16)
+@torch.inference_mode()
+def test_tree_evaluation_equals_separate_passes_exactly(monkeypatch):
+    _, images = common.load_dataset(arguments("--image-size", "16"))
+    batches = list(images.subset(torch.arange(80)).evaluation_batches(40))
+    labels = torch.cat([labels for _, labels in batches])
+    network = make_learner(images).network
+    separate = {config: [network(images, config) for images, _ in batches] for config in CONFIGS}
+    shared = []
+    head = network.head
+    monkeypatch.setattr(network, "head", lambda x: shared.append(head(x)) or shared[-1])
+    accuracies = common.evaluate_configs(network, CONFIGS, batches)
+    assert accuracies.dtype == torch.float64
+    assert len(accuracies.unique()) > 5
+    for config, accuracy in zip(CONFIGS, accuracies.tolist()):
+        hits = torch.cat(separate[config]).argmax(1) == labels
+        assert accuracy == hits.sum().item() / 80
+        for logits in separate[config]:
+            assert any(torch.equal(logits, other) for other in shared)
 
 
-def test_a_cache_larger_than_memory_allows_is_mapped(tmp_path):
-    """300 MB of images in a process that may take 100 MB more: reading them all is impossible."""
-    code = """
-import os, resource, sys
-import numpy as np, torch, common
-torch.set_num_threads(1)
-pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
-def source(part):
-    count = 2000 if part == "train" else 4
-    return count, ((pixels + np.uint8(i % 256), i % 4) for i in range(count))
-args = common.Parser("", True).parse_args(["--dataset", "food101", "--data-dir", sys.argv[1],
-                                           "--image-size", "224", "--batch-size", "8"])
-from sklearn.model_selection import train_test_split
-used = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmData"))
-resource.setrlimit(resource.RLIMIT_DATA, (used * 1024 + 100 * 2 ** 20, -1))
-common._torchvision = lambda name, folder, size, part: source(part)
-if sys.argv[2] == "mapped":
-    os.sysconf = {"SC_PHYS_PAGES": 2 ** 16, "SC_PAGE_SIZE": 2 ** 12}.get
-train, test = common.load_dataset(args)
-assert isinstance(train.images, torch.Tensor) and len(train) == 2000
-train, validation = common.split_for_search(train, args)
-images, labels = next(validation.passes(8, common.stream(0)))
-assert ((images[0] - images[0].mean()).abs().max() > 0.5).item()
-row = validation.rows[3]
-assert np.array_equal(train.images[row].numpy(), pixels + np.uint8(row % 256))
-next(train.passes(8, common.stream(0), common.stream(1)))
-"""
-    for way, works in (("mapped", True), ("read", False)):
-        done = subprocess.run([sys.executable, "-c", code, str(tmp_path), way], cwd=ROOT,
-                              capture_output=True, text=True)
-        assert (done.returncode == 0) == works, done.stderr
-    assert "allocate" in done.stderr or "MemoryError" in done.stderr
+def test_tree_evaluation_halves_the_work():
+    network = common.ResNet("resnet20", 10, supernet=True)
+    batch = (torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.int64))
+    with FlopCounterMode(display=False) as counter:
+        common.evaluate_configs(network, CONFIGS, [batch])
+    separate = sum(common.count_macs(network.to("meta"), CONFIGS, 32).values())
+    assert 4 * separate / counter.get_total_flops() == pytest.approx(2.03, abs=0.01)
 
 
-# ----------------------------------------------------------------------------------- searching
+def test_accuracy_does_not_depend_on_the_order_of_the_images():
+    train, test = common.load_dataset(arguments("--image-size", "8"))
+    learner = make_learner(train)
+    config = (4, 3, 3)
+    batches = train.passes(64, common.stream(0))
+    for _ in range(4 * train.num_batches(64)):
+        learner.step(*next(batches), config, 0.1)
 
-def test_search_and_retraining_of_resnet18(tmp_path):
-    argv = ("--arch", "resnet18", "--width", "0.125", "--image-size", "8", "--num-train", "160",
-            "--batch-size", "20", "--epochs", "2")
-    done = shell("search_mixture.py", *argv, "--num-supernets", "2", cwd=tmp_path)
-    assert done.returncode == 0 and "56 configurations" in done.stdout, done.stderr
-    result = json.loads((tmp_path / "runs/mixture-digits/result.json").read_text())
-    assert len(result["ranking"]) == 56 and result["default"] == "3,2,2,2"
-    settings = json.loads((tmp_path / "runs/mixture-digits/config.json").read_text())["settings"]
-    assert settings["weight_decay"] == 5e-4 and settings["temperature"] == [1, 150]
-    done = shell("retrain.py", "--from", "runs/mixture-digits", "--epochs", "1", "--seeds", "1",
-                 cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "runs/retrain-digits/result.json").read_text())
-    assert result["default"] == "3,2,2,2" and len(result["configs"]) in (1, 2)
+    def accuracy(batches):
+        return common.evaluate_configs(learner.network, [config], batches).item()
+    by_class = test.subset(test.labels.argsort())
+    shuffled = test.subset(torch.randperm(len(test), generator=common.stream(5)))
+    expected = accuracy(shuffled.evaluation_batches(64))
+    assert expected > 0.8
+    assert accuracy(by_class.evaluation_batches(64)) == pytest.approx(expected, abs=0.04)
+    one_after_another = map(by_class.batch, torch.arange(len(test)).split(64))
+    assert accuracy(one_after_another) < expected - 0.15
 
 
-def test_the_readmes_network_of_your_own_is_searched(tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    code, = re.findall(r"```python\n(# my_search.py.*?)```", readme, re.DOTALL)
-    assert code.count("\n") <= 30
-    Path(tmp_path / "my_search.py").write_text(code)
-    done = subprocess.run(
-        [sys.executable, "my_search.py", "--arch", "vgg", *SMALL, "--epochs", "1"], cwd=tmp_path,
-        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
-    assert len(json.loads((tmp_path / "runs/mixture-digits/result.json").read_text())["ranking"]) \
-        == math.comb(7, 2)
+def test_fp16_skips_infinite_gradients_and_continues_with_its_scale(small_images):
+    fresh, skipping, restored = (make_learner(small_images, "--amp", "fp16") for _ in range(3))
+    step = (*small_images.batch(torch.arange(0, 400, 5)), (4, 3, 3), 0.1)
+    skipping.scaler.load_state_dict(skipping.scaler.state_dict() | {"scale": 2.0 ** 60})
+    skipping.step(*step)
+    assert skipping.scaler.get_scale() == 2.0 ** 59
+    skipping.scaler.update(2.0 ** 16)  # what a fresh one begins with
+    for _ in range(2):  # as if the skipped step had never been
+        assert torch.equal(skipping.step(*step), fresh.step(*step))
+    restored.load_state_dict(copy.deepcopy(skipping.state_dict()))
+    assert restored.scaler.state_dict() == skipping.scaler.state_dict()
+    assert torch.equal(restored.step(*step), skipping.step(*step))
+    assert all(map(torch.equal, restored.network.parameters(), skipping.network.parameters()))
+
+
+def test_what_is_not_finite_is_named_by_its_step():
+    network = nn.Linear(1, 1)
+    steps = [(f"step {i}", torch.tensor([i, 0.5])) for i in range(4)]
+    assert common.read_steps(steps, network).tolist() == [[i, 0.5] for i in range(4)]
+    network.weight.data[0] = math.inf
+    with pytest.raises(common.TrainingError, match="a weight is not finite at step 3"):
+        common.read_steps(steps, network)
+    steps[1][1][0] = math.nan
+    with pytest.raises(common.TrainingError, match="the loss .* is not finite at step 1"):
+        common.read_steps(steps, network)

@@ -1,0 +1,400 @@
+"""The four stages from start to end: what they promise, survive and refuse. Most runs happen in
+this process, which saves the seconds of a start."""
+import argparse
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, contents, shell
+
+import common
+import retrain
+import search_mixture
+import search_single
+import train_exhaustive
+
+STAGES = {stage.__name__: stage
+          for stage in (train_exhaustive, search_single, search_mixture, retrain)}
+NATIVE = ("--kernel", "native", "--threads", "1")
+CONFIGS = ("1,1,8", "4,3,3", "5,3,2", "8,1,1")
+FEW = (*SMALL, *NATIVE, "--configs", *CONFIGS)
+TRUTH = ("--ground-truth", "../train_exhaustive/runs/exhaustive-digits/results.csv")
+COMMANDS = {  # each in a folder of its name, in this order: they read what others wrote
+    "train_exhaustive": (*FEW, "--seeds", "2", "--epochs", "2"),
+    "search_single": (*FEW, *TRUTH, "--epochs", "4", "--rank-every", "2"),
+    "search_mixture": (*FEW, *TRUTH, "--epochs", "4", "--rank-every", "2", "--num-supernets", "3"),
+    "retrain": ("--from", "../search_mixture/runs/mixture-digits", *NATIVE, "--seeds", "2",
+                "--epochs", "2", "--batch-size", "32")}
+
+
+def run(folder, stage, *argv):
+    """Run a stage in a folder: (exit code, stdout, stderr)."""
+    out = io.StringIO()
+    err = io.StringIO()
+    code = 0
+    before = os.getcwd()
+    os.chdir(folder)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            common.run_script(lambda: STAGES[stage].main([*argv]))
+        except SystemExit as end:
+            code = end.code
+        finally:
+            os.chdir(before)
+    if isinstance(code, str):  # what Python makes of sys.exit("a message")
+        return 1, out.getvalue(), f"{err.getvalue()}{code}\n"
+    return code, out.getvalue(), err.getvalue()
+
+
+def check_error(outcome, code, *messages):
+    """Assert that a run ended with this code and one line of error that says all of these."""
+    assert outcome[0] == code and outcome[2].startswith("error: "), outcome
+    assert outcome[2].count("\n") == 1 and outcome[2].endswith("\n"), outcome
+    for message in messages:
+        assert message in outcome[2]
+
+
+def arguments_of(stage, finished):
+    """The stage's arguments for another folder."""
+    return [part.replace("..", str(finished[0])) for part in COMMANDS[stage]]
+
+
+def evaluate(weights, config, images, args, supernet):
+    """The accuracy of saved weights."""
+    network = common.make_network(args, images, supernet)
+    network.load_state_dict(weights)
+    return common.evaluate_configs(network.eval(), [common.parse_config(config)],
+                                   images.evaluation_batches(args.batch_size)).item()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Every stage has run, undisturbed: (folder, what each printed)."""
+    folder = tmp_path_factory.mktemp("finished")
+    printed = {}
+    for stage, argv in COMMANDS.items():
+        (folder / stage).mkdir()
+        code, printed[stage], err = run(folder / stage, stage, *argv)
+        assert (code, err) == (0, "")
+    return folder, printed
+
+
+# --------------------------------------------------------------------------- what runs promise
+
+@pytest.mark.parametrize("kind, supernets", [("single", 1), ("mixture", 3)])
+def test_searches_write_what_they_promise_and_all_to_redo_it(kind, supernets, finished):
+    path = finished[0] / f"search_{kind}" / "runs" / f"{kind}-digits"
+    result = common.load(path / "result.json")
+    ranking = result["ranking"]
+    accuracies = [entry["accuracy"] for entry in ranking]
+    assert sorted(entry["config"] for entry in ranking) == sorted(CONFIGS)
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert result["pick"] == ranking[0]["config"] and result["default"] == "4,3,3"
+    steps = np.sum([entry["steps"] for entry in ranking], 0)
+    assert steps.tolist() == [4 * 5] * supernets  # epochs, batches of the training half
+    assert {"command", "ranks", "git", "device_name", "versions"} < set(result)
+    assert set(result["metrics"]) == {"kendall_tau", "spearman_rho", "pick_rank", "regret"}
+
+    log = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [1, 2, 3, 4]
+    for key in ("seconds", "train_loss", "train_accuracy", "val_accuracy", "images_per_second"):
+        assert all(np.isfinite(line[key]) for line in log)
+    assert log[0]["lr"] == 0.1 and log[2]["lr"] == pytest.approx(0.0505)
+    assert ["kendall_tau" in line for line in log] == [False, True, False, True]
+    assert log[3]["ranking"] == {entry["config"]: entry["accuracy"] for entry in ranking}
+    if kind == "mixture":
+        assert [line["temperature"] for line in log] == [1, 34, 67, 100]
+        assert np.allclose([line["p_m"] for line in log], 1 / 3, atol=0.02)
+        assert (path / "assignment.png").stat().st_size > 10_000
+    assert (path / "ranking.png").stat().st_size > 10_000
+    for words in (f"pick: {result['pick']}", "epoch 4  ", "against the ground truth: kendall_tau",
+                  f"next: python retrain.py --from runs/{kind}-digits"):
+        assert words in finished[1][f"search_{kind}"]
+
+    # all that it takes to rank again
+    args = argparse.Namespace(**result["settings"])
+    data = common.load_dataset(args)
+    assert common.fingerprint(data) == args.data
+    _, validation = common.split_for_search(data[0], args)
+    weights = common.load(path / "supernets.pt")
+    for entry in ranking:
+        accuracy = evaluate(weights[entry["supernet"]], entry["config"], validation, args, True)
+        assert accuracy == entry["accuracy"]
+
+
+def test_a_finished_search_is_shown_again_and_other_settings_are_refused(finished):
+    folder = finished[0] / "search_mixture"
+    before = (folder / "runs/mixture-digits/result.json").read_bytes()
+    code, out, err = run(folder, "search_mixture", *COMMANDS["search_mixture"])
+    assert (code, err) == (0, "") and "\npick: " in out and "epoch" not in out
+    outcome = run(folder, "search_mixture", *COMMANDS["search_mixture"], "--num-supernets", "2")
+    check_error(outcome, 2, "other settings (num_supernets 3 there, 2 now)")
+    assert (folder / "runs/mixture-digits/result.json").read_bytes() == before
+
+
+def test_retrain_takes_the_pick_and_its_settings(finished):
+    folder, printed = finished
+    path = folder / "retrain/runs/retrain-digits"
+    result = common.load(path / "result.json")
+    pick = common.load(folder / "search_mixture/runs/mixture-digits/result.json")["pick"]
+    assert set(result["configs"]) == {pick, "4,3,3"} and f"\n{pick} is " in printed["retrain"]
+    assert result["settings"]["width"] == 0.25 and result["settings"]["num_train"] == 320
+    for name, entry in result["configs"].items():
+        accuracies = [common.load(path / "networks" / f"{name}-{seed}.json")["test_accuracy"]
+                      for seed in (0, 1)]
+        assert (entry["seeds"], entry["test_accuracy"]) == (2, pytest.approx(np.mean(accuracies)))
+        assert entry["std"] == pytest.approx(np.std(accuracies, ddof=1))
+
+
+def test_more_seeds_and_configurations_extend_stage_1_and_its_weights_are_usable(tmp_path):
+    argv = (*SMALL, *NATIVE, "--epochs", "1", "--configs", "4,3,3")
+    for more in ([], ["1,1,8"], ["--seeds", "2"]):  # each time one network is to be trained
+        code, out, err = run(tmp_path, "train_exhaustive", *argv, *more)
+        assert (code, err, out.count("epoch 1 ")) == (0, "", 1)
+    path = tmp_path / "runs/exhaustive-digits"
+    rows = list(csv.DictReader(open(path / "results.csv")))
+    assert [(row["config"], row["seed"]) for row in rows] == [
+        ("1,1,8", "0"), ("4,3,3", "0"), ("4,3,3", "1")]
+    args = argparse.Namespace(**common.load(path / "config.json")["settings"])
+    _, test = common.load_dataset(args)
+    for row in rows:
+        saved = common.load(path / "networks" / f"{row['config']}-{row['seed']}.pt")
+        accuracy = evaluate(saved["network"], row["config"], test, args, supernet=False)
+        assert accuracy == float(row["test_accuracy"])
+
+
+def test_tau_between_seeds():
+    accuracies = {0: [0.1, 0.2, 0.3, 0.4], 1: [0.1, 0.3, 0.2], 2: [0.5]}
+    rows = [{"config": name, "seed": seed, "test_accuracy": accuracy}
+            for seed, column in accuracies.items() for name, accuracy in zip(CONFIGS, column)]
+    # of the pairs of 0 and 1 two agree and one does not; a single configuration has no ranking
+    assert train_exhaustive.tau_between_seeds(rows) == pytest.approx(1 / 3)
+    assert train_exhaustive.tau_between_seeds(rows[:4]) is None
+
+
+def test_paired_comparison_by_hand():
+    gap, (low, high), p = retrain.paired_comparison([0.91, 0.93, 0.92], [0.90, 0.90, 0.905])
+    error = np.std([0.01, 0.03, 0.015], ddof=1) / math.sqrt(3)
+    half = 4.302653 * error  # t of 97.5 %, 2 degrees of freedom
+    t = gap / error
+    assert gap == pytest.approx(0.055 / 3)
+    assert (low, high) == pytest.approx((gap - half, gap + half), abs=1e-6)
+    assert p == pytest.approx(1 - t / math.sqrt(2 + t * t))  # Student's, in closed form
+    assert retrain.paired_comparison([0.9], [0.8])[1:] == (None, None)
+    assert retrain.paired_comparison([0.9, 0.8], [0.8, 0.7])[1:] == (None, None)  # no spread
+
+
+def test_without_balance_nothing_holds_the_marginal(finished, tmp_path):
+    argv = (*FEW, *TRUTH, "--epochs", "1", "--no-balance", "--temperature", "1e4", "1e4")
+    code, _, err = run(finished[0] / "search_mixture", "search_mixture", *argv, "--out",
+                       str(tmp_path))
+    assert (code, err) == (0, "")
+    assert max(json.loads((tmp_path / "log.jsonl").read_text())["p_m"]) > 0.26  # of 4 supernets
+
+
+# ------------------------------------------------------------------ kills, Ctrl-C, full disks
+
+MOMENTS = {"train_exhaustive": ["torn 4,3,3-0.json 1", "step 15"],
+           "search_single": ["step 7", "replaced log.jsonl 1", "torn result.json 1"],
+           "search_mixture": ["step 20", "torn checkpoint.pt 2"],
+           "retrain": ["step 15", "torn 4,3,3-0.pt 2"]}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """As `finished`, but every stage was killed at its MOMENTS and started again."""
+    folder = tmp_path_factory.mktemp("killed")
+    plan = []
+    for stage, argv in COMMANDS.items():
+        (folder / stage).mkdir()
+        plan.append((str(folder / stage), stage, MOMENTS[stage], argv))
+    done = shell("tests/chaos.py", json.dumps(plan), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_killed_anywhere_the_same_command_ends_with_the_same_bits(stage, finished, killed):
+    assert contents(killed / stage) == contents(finished[0] / stage)
+    assert not list(killed.rglob("*tmp*"))
+
+
+def test_a_folder_has_one_process_until_ctrl_c(tmp_path):
+    argv = (*FEW, "--epochs", "400")
+    # a job in the background ignores Ctrl-C, and what it starts inherits that
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen([sys.executable, "-B", ROOT / "search_mixture.py", *argv], cwd=tmp_path,
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as first:
+        signal.signal(signal.SIGINT, before)
+        assert any("epoch 2 " in line for line in first.stdout)
+        check_error(run(tmp_path, "search_mixture", *argv), 2, "another process is writing to")
+        first.send_signal(signal.SIGINT)
+        _, err = first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert err == "interrupted: the same command continues from the last checkpoint\n"
+    folder = tmp_path / "runs/mixture-digits"
+    common.lock(folder / "lock", wait=False).close()
+    assert len(common.load(folder / "checkpoint.pt")["log"]) >= 2 and not list(folder.glob("*tmp*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "none", tmp_path],
+                      capture_output=True).returncode:
+        pytest.skip("may not mount a small disk here")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+@pytest.mark.parametrize("stage, file, once", [
+    ("search_mixture", "checkpoint.pt", "\nepoch 1 "),
+    ("train_exhaustive", "4,3,3-0.json", "\n4,3,3 seed 0  epoch ")])
+def test_a_full_disk_leaves_the_last_checkpoint(stage, file, once, finished, small_disk,
+                                                monkeypatch):
+    def save(path, content, real=common.save):
+        if path.name == file and path.with_suffix(".pt").exists():  # there is a checkpoint
+            with contextlib.suppress(OSError), open(small_disk / "filler", "wb", 0) as filler:
+                while True:
+                    filler.write(bytes(4096))
+        real(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "save", save)
+        outcome = run(small_disk, stage, *arguments_of(stage, finished))
+    check_error(outcome, 1, "the same command continues from the last checkpoint")
+    (small_disk / "filler").unlink()
+    code, out, err = run(small_disk, stage, *arguments_of(stage, finished))
+    assert (code, err) == (0, "") and once in outcome[1] and once not in out
+    assert contents(small_disk) == contents(finished[0] / stage)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("damage", ["cut", "bomb", "zipped bomb"])
+@pytest.mark.parametrize("stage, file", [
+    ("search_single", "config.json"), ("search_single", "result.json"),
+    ("search_single", "checkpoint.pt"), ("train_exhaustive", "networks/4,3,3-0.json"),
+    ("train_exhaustive", "networks/4,3,3-0.pt")])
+def test_damaged_files_are_named_and_left_and_never_executed(stage, file, damage, finished,
+                                                             tmp_path):
+    shutil.copytree(finished[0] / stage / "runs", tmp_path / "runs")
+    path, = tmp_path.glob(f"runs/*/{file}")
+    if path.suffix == ".pt":  # only a run that is not finished reads it
+        for finished_file in (path.with_name("result.json"), path.with_suffix(".json")):
+            finished_file.unlink(missing_ok=True)
+    if damage == "cut":
+        os.truncate(path, path.stat().st_size // 2)
+    elif damage == "bomb":
+        path.write_bytes(pickle.dumps(Bomb(), protocol=2))
+    else:
+        torch.save({"log": Bomb()}, path)
+    before = path.read_bytes()
+    check_error(run(tmp_path, stage, *arguments_of(stage, finished)), 2, file, "damaged or foreign")
+    assert path.read_bytes() == before and not (tmp_path / "executed").exists()
+
+
+# ------------------------------------------------------------------------------- what is refused
+
+@pytest.mark.parametrize("stage, lr, place", [
+    ("search_mixture", ("1e38", "1e38"), "epoch 1, round "),
+    ("search_single", ("1e38", "1e38"), "epoch 1, step "),
+    ("train_exhaustive", ("1e38",), "epoch 1, step ")])
+def test_a_loss_that_is_not_finite_stops_the_run(stage, lr, place, tmp_path):
+    check_error(run(tmp_path, stage, *FEW, "--epochs", "2", "--lr", *lr), 1, "is not finite at ",
+                place, ", configuration ", "a smaller learning rate usually helps")
+    assert not list(tmp_path.rglob("result.json")) and not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_weight_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    steps = []
+
+    def step(learner, *args, real=common.Learner.step):
+        steps.append(real(learner, *args))
+        if len(steps) == 40:  # the last one of supernet 3 in epoch 2: no loss shows it
+            next(learner.network.parameters()).data[0] = math.inf
+        return steps[-1]
+
+    monkeypatch.setattr(common.Learner, "step", step)
+    check_error(run(tmp_path, "search_mixture", *FEW, "--epochs", "3"), 1,
+                "a weight is not finite at epoch 2, round 5, configuration ", "supernet 3")
+    assert len(common.load(tmp_path / "runs/mixture-digits/checkpoint.pt")["log"]) == 1
+
+
+@pytest.mark.parametrize("stage, argv, message", [
+    ("search_mixture", "--dataset cifar11", "unknown data set 'cifar11'"),
+    ("search_mixture", "--dataset cifar10 --data-dir file", "cannot write the cache"),
+    ("search_mixture", "--image-size 4", "must be from 8 to 1024"),
+    ("search_mixture", "--num-train 12", "cannot split"),
+    ("search_mixture", "--num-resolutions 6 --image-size 8", "too small for 6 resolutions"),
+    ("search_mixture", "--configs 4,3,3", "--num-supernets 4: at most 1"),
+    ("search_mixture", "--batch-size 1000", "larger than a part of the split"),
+    ("search_single", "--epochs " + "9" * 400, "must be from 1 to 1000000"),
+    ("search_single", "--lr nan 1e400", "must be from 0"),
+    ("search_single", "--ground-truth nowhere.csv", "nowhere.csv"),
+    ("search_single", "--ground-truth part.csv", "lacks 35 of 36 configurations"),
+    ("search_single", "--ground-truth odd.csv", "columns config, test_accuracy"),
+    ("search_single", "--device warp", "--device warp"),
+    ("search_single", "--out file/run", "not writable"),
+    ("search_single", "--out foreign", "other settings"),
+    ("train_exhaustive", "--configs 5,3,1", "add to 10"),
+    ("train_exhaustive", "--nonsense", "unrecognized arguments"),
+    ("retrain", "--config 5,3,1", "add to 10"),
+    ("retrain", "--from nowhere", "nowhere"),
+    ("retrain", "--from foreign", "foreign"),
+    ("retrain", "", "one of the arguments --from --config is required")])
+def test_mistakes_end_with_one_line_and_leave_everything(stage, argv, message, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "part.csv").write_text('config,test_accuracy\n"4,3,3",0.5\n')
+    (tmp_path / "odd.csv").write_text('config,accuracy\n"4,3,3",0.5\n')
+    (tmp_path / "foreign").mkdir()
+    for file in ("config.json", "result.json"):
+        (tmp_path / "foreign" / file).write_text('{"settings": {"stage": "mixture"}}')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    check_error(run(tmp_path, stage, *argv.split(), *NATIVE), 2, message)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*")
+                      if path.is_file() and path.suffix != ".lock"}
+
+
+# ------------------------------------------------------------------------- files of one's own
+
+def run_alone(folder, modules, script, *argv):
+    """Run a script in a folder with these modules of the project and nothing else."""
+    for name in modules:
+        shutil.copy(ROOT / f"{name}.py", folder)
+    files = set(folder.iterdir())
+    done = shell(script, *SMALL, "--threads", "1", "--epochs", "1", *argv, cwd=folder, root=folder)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch("warning: No module named 'kernels'.*\n", done.stderr)
+    assert set(folder.iterdir()) == files | {folder / "runs"}
+
+
+@pytest.mark.parametrize("stage, argv", [("train_exhaustive", ("--configs", "4,3,3")),
+                                         ("search_single", ("--configs", "4,3,3")),
+                                         ("retrain", ("--config", "4,3,3", "--seeds", "1"))])
+def test_a_stage_needs_common_py_and_nothing_else(stage, argv, tmp_path):
+    run_alone(tmp_path, ["common", stage], f"{stage}.py", *argv)
+
+
+def test_the_network_of_the_readme_is_searched(tmp_path):
+    """The stage that it imports, search_mixture.py, needs common.py and nothing else, too."""
+    readme = (ROOT / "README.md").read_text()
+    code, = re.findall(r"```python\n(# my_search.py.*?)```", readme, re.DOTALL)
+    (tmp_path / "my_search.py").write_text(code)
+    run_alone(tmp_path, ["common", "search_mixture"], "my_search.py", "--arch", "vgg")
+    result = common.load(tmp_path / "runs/mixture-digits/result.json")
+    assert len(result["ranking"]) == math.comb(7, 2)
