@@ -20,6 +20,7 @@ import argparse
 import io
 import math
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist

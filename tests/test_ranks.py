@@ -56,10 +56,10 @@ def shared(tmp_path_factory):
     """Every command run by two ranks, in a folder of its name, all with a single torchrun."""
     folder = tmp_path_factory.mktemp("shared")
     (folder / "all.py").write_text(
-        f"import contextlib, importlib, sys; sys.path.append({str(ROOT)!r})\n"
+        f"import importlib, os, sys; sys.path.append({str(ROOT)!r})\n"
         f"for name, (stage, *argv) in {COMMANDS!r}.items():\n"
-        "    with contextlib.chdir(name):\n"
-        "        importlib.import_module(stage).main(argv)\n")
+        f"    os.chdir({str(folder)!r} + '/' + name)\n"
+        "    importlib.import_module(stage).main(argv)\n")
     for name in COMMANDS:
         (folder / name).mkdir()
     code, out, errors = finish(torchrun(2, folder / "all.py", cwd=folder))
