@@ -473,10 +473,10 @@ def folder_digest(folder: Path) -> str:
 def open_folder(folder: Path, part: str) -> Sequence:
     """A part of a folder <part>/<class>/, as `open_torchvision`; torchvision's ImageFolder says
     what counts as a class and an image."""
-    from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import ImageFolder, find_classes
     try:
         dataset = ImageFolder(folder / part, loader=open_image)
-        classes = ImageFolder(folder / "train").classes
+        classes, _ = find_classes(folder / "train")
         if dataset.classes != classes or len(classes) < 2:
             raise FileNotFoundError(f"{part}/ holds {', '.join(dataset.classes)}")
         return dataset
