@@ -18,13 +18,19 @@ import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
+import weakref
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -114,14 +120,26 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the defaults, and the description as it is written."""
 
 
+def add_space(add: Callable) -> None:
+    """The arguments that restrict which configurations are searched, or trained exhaustively."""
+    add("--configs", nargs="+", metavar="N,N,N", help="only these configurations; None: all")
+    add("--max-macs", type=number(float, 0), metavar="FACTOR",
+        help="only configurations of at most so many times the default's multiply-adds")
+
+
 def make_parser(description: str, search: bool) -> Parser:
     """The arguments that all stages share; search: and those of both searches."""
     parser = Parser(description=description, formatter_class=HelpFormatter)
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="digits", metavar="NAME|FOLDER", help=", ".join(DATASET_PROTOCOLS)
-        + ", or a folder of images, train/<class>/ and test/<class>/")
+    add("--dataset", default="digits", metavar="NAME|FOLDER|NPZ", help=", ".join(DATASET_PROTOCOLS)
+        + "; a folder of images, train/<class>/ and test/<class>/ or val/<class>/; a file like "
+        "MedMNIST's")
     add("--data-dir", default="data", help="where data sets and their caches are kept")
+    add("--cache-dir", help="for the caches alone; None: --data-dir, or ~/.cache/cnn-pooling where "
+        "that cannot be written")
+    add("--test-fraction", type=number(float, 0.01, 0.99), metavar="FRACTION", help="of the images "
+        "of a folder or file without a test set that is to be one, the same for every --seed")
     add("--image-size", type=number(int, 8, 1024), metavar="N", help="resample the images to NxN; "
         "None: native, 32; food101: 64 for resnet20, else 224")
     add("--num-train", type=number(int, 2), metavar="N",
@@ -150,7 +168,7 @@ def make_parser(description: str, search: bool) -> Parser:
 
     if search:
         add = parser.add_argument_group("search").add_argument
-        add("--configs", nargs="+", metavar="N,N,N", help="only these configurations; None: all")
+        add_space(add)
         add("--split", type=number(float, 0.01, 0.99), default=0.5, metavar="FRACTION",
             help="of the training images that trains weights; the rest validates")
         add("--draw", choices=["uniform", "cost", "blocks"], default="uniform", help="how often a "
@@ -165,6 +183,8 @@ def make_parser(description: str, search: bool) -> Parser:
     add = parser.add_argument_group("run").add_argument
     add("--out", help="run folder; None: runs/<stage>-<dataset>")
     add("--seed", type=number(int, 0, 2 ** 62), default=0, help="origin of every random stream")
+    add("--metric", choices=["accuracy", "balanced"], default="accuracy", help="that ranks and "
+        "tests: of all images, or the mean of the classes' accuracies")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda (ranks take the GPUs in turn), cuda:1")
     add("--kernel", choices=["auto", "fused", "native"], default="auto",
@@ -204,8 +224,8 @@ def stream(seed: int, *key: str | int) -> torch.Generator:
 # --------------------------------------------------------------------------- many processes
 
 # torchrun starts `world` processes and tells each its rank; alone, a process is rank 0 of 1
-rank = int(os.environ.get("RANK", 0))
-world = int(os.environ.get("WORLD_SIZE", 1))
+world = int(os.environ.get("WORLD_SIZE") or 1)
+rank = int(os.environ.get("RANK") or 0) if world > 1 else 0
 progress = partial(tqdm, disable=True if rank else None, leave=False)  # None: quiet in a file
 
 
@@ -220,11 +240,18 @@ def join_ranks() -> None:
     if "MASTER_ADDR" not in os.environ:
         raise UserError("WORLD_SIZE is set, but nothing else of torchrun's: start with torchrun, "
                         "or unset RANK and WORLD_SIZE")
+    # what waits for another rank is not Python, which would not notice Ctrl-C
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    waiting = threading.Timer(10, print, (
+        f"rank {rank} waits for {world - 1} others at {os.environ['MASTER_ADDR']}; if RANK and "
+        "WORLD_SIZE are left over, unset them",), {"file": sys.stderr})
+    waiting.start()
     # torchrun's store outlives a restart, and with it the addresses of the processes that died
     store, *_ = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world,
                             timeout=timedelta(days=20))  # who is done first waits
+    waiting.cancel()
     # gloo's threads may still hold tensors when Python takes itself apart: SIGABRT
     atexit.register(dist.destroy_process_group)
     if rank > 0:
@@ -268,15 +295,15 @@ class Images:
 
     images: uint8 (N,H,H,3), labels: int64 (N,), rows: int64 (n,), all on the device or, if the
     images are memory-mapped, on the CPU; device: where batches are made; mean, std: float32 (3,)
-    of the training pixels, 0..255; flip: whether training batches may be mirrored; crop: how
-    they are cropped, "pad" from a border of zeros or "resized".
+    of the training pixels, 0..255; classes: their names; flip: whether training batches may be
+    mirrored; crop: how they are cropped, "pad" from a border of zeros or "resized".
     """
     images: torch.Tensor
     labels: torch.Tensor
     rows: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor
-    num_classes: int
+    classes: list[str]
     flip: bool
     crop: str
     device: str
@@ -304,11 +331,7 @@ class Images:
         if crops is not None:
             images = CROPS[self.crop][1](images, crops)
 
-        # whole rows at once: with an innermost dimension of 3, torch is 6 times slower
-        mean = self.mean.repeat(self.size)
-        std = self.std.repeat(self.size)
-        images = ((images.flatten(2) - mean) / std).view(images.shape)
-        return images.permute(0, 3, 1, 2), labels  # NHWC seen as NCHW: channels_last
+        return normalise(images, self.mean, self.std), labels
 
     def num_batches(self, batch_size: int) -> int:
         """Batches of near-equal size in a pass: ceil(n / batch_size), or fewer so that none is of a
@@ -337,6 +360,14 @@ class Images:
         batches = self.passes(batch_size, stream(0, "evaluation"))
         for _ in progress(range(self.num_batches(batch_size)), "evaluating"):
             yield next(batches)
+
+
+def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """Pixels 0..255, (B,H,H,3) -> float32 (B,3,H,H) in channels_last memory; mean, std: (3,)."""
+    size = images.shape[1]
+    # whole rows at once: with an innermost dimension of 3, torch is 6 times slower
+    rows = (images.flatten(2) - mean.repeat(size)) / std.repeat(size)
+    return rows.view(images.shape).permute(0, 3, 1, 2)
 
 
 def draw_pad_crops(count: int, size: int, flip: bool, rng: torch.Generator) -> torch.Tensor:
@@ -395,37 +426,57 @@ CROPS = {"pad": (draw_pad_crops, pad_crop), "resized": (draw_resized_crops, resi
 
 def load_dataset(args: argparse.Namespace) -> tuple[Images, Images]:
     """(train, test) of --dataset on --device, cut to --num-train, resampled to --image-size."""
-    arrays = read_arrays(args.dataset, Path(args.data_dir), args.image_size)
+    arrays = read_digits() if args.dataset == "digits" else read_arrays(args)
     arrays = choose_images(arrays, args)
     return make_images(arrays, protocol(args.dataset, args.arch), args.device)
 
 
-def read_arrays(name: str, data_dir: Path, size: int | None) -> dict[str, np.ndarray]:
-    """The images and labels of a data set, from its cache or to be cached: uint8 (N,H,H,3)
-    train_images, int64 (N,) train_labels, and test_images, test_labels alike."""
-    if name == "digits":
-        return read_digits()
+def read_arrays(args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """The images and labels of --dataset, from its cache or to be cached: uint8 (N,H,H,3)
+    train_images, int64 (N,) train_labels, alike test_images and test_labels unless they are still
+    to be split off, and the names of the classes."""
+    name = args.dataset
+    data_dir = Path(args.data_dir)
     if name in DATASET_PROTOCOLS:
-        size = size if name == "food101" else 32
-        cache = data_dir / (f"{name}-{size}" if name == "food101" else name)
-        open_part = partial(open_torchvision, name, data_dir)
+        size = args.image_size if name == "food101" else 32
+        key = f"{name}-{size}" if name == "food101" else name
+        open_parts = partial(open_torchvision, name, data_dir, size)
     elif os.path.isdir(name):
-        folder = Path(name).resolve()
-        size = size or 32
-        cache = data_dir / f"{folder.name}-{folder_digest(folder)}-{size}"
-        open_part = partial(open_folder, folder)
+        listing = list_images(Path(name))
+        size = args.image_size or 32
+        key = f"{Path(name).resolve().name}-{digest(listing)}-{size}"
+        open_parts = partial(open_folder, Path(name), listing, size)
+    elif name.endswith(".npz") and os.path.isfile(name):
+        state = os.stat(name)
+        size = args.image_size
+        key = f"{Path(name).stem}-{digest((state.st_size, state.st_mtime_ns))}-{size or 'native'}"
+        open_parts = partial(open_npz, name, size)
     else:
         raise UserError(f"unknown data set {name!r}: choose {', '.join(DATASET_PROTOCOLS)}, or "
-                        "give a folder that holds train/<class>/ and test/<class>/")
-    if not cache.exists():
+                        "give a folder of images, or an .npz file")
+
+    home = Path("~/.cache/cnn-pooling").expanduser()
+    places = [Path(args.cache_dir)] if args.cache_dir else [data_dir, home]
+    for place in (*places, data_dir):  # reading needs no right to write
+        if (place / key).exists():
+            return read_cache(place / key)
+    for place in places:
         try:
-            data_dir.mkdir(parents=True, exist_ok=True)
-            with lock(data_dir / f"{cache.name}.lock"):  # ranks and other runs wait for the first
-                if not cache.exists():
-                    write_cache(cache, open_part, size)
+            place.mkdir(parents=True, exist_ok=True)
+            locked = lock(place / f"{key}.lock")  # ranks and other runs wait for the first
         except OSError as error:
-            raise UserError(f"cannot write the cache {cache}: {error}") from error
-    return read_cache(cache)
+            refusal = error
+            continue
+        with locked:
+            if not (place / key).exists():
+                write_cache(place / key, *open_parts())
+        return read_cache(place / key)
+    raise UserError(f"no cache can be written ({refusal}): give another --cache-dir")
+
+
+def digest(content: Sequence) -> str:
+    """Eight hexadecimal digits for what repr() says."""
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:8]
 
 
 def read_digits() -> dict[str, np.ndarray]:
@@ -435,99 +486,194 @@ def read_digits() -> dict[str, np.ndarray]:
     grey = torch.from_numpy(grey).view(-1, 1, 8, 8) * (255 / 16)
     grey = F.interpolate(grey, size=(32, 32), mode="bilinear")
     images = grey.round().byte().permute(0, 2, 3, 1).repeat(1, 1, 1, 3).numpy()
-    train, test = stratified_split(labels, round(0.8 * len(labels)), seed=0)
-    return {"train_images": images[train], "train_labels": labels[train],
-            "test_images": images[test], "test_labels": labels[test]}
+    classes = np.array([str(digit) for digit in range(10)])
+    return split_test({"train_images": images, "train_labels": labels, "classes": classes}, 0.2)
 
 
-def open_torchvision(name: str, data_dir: Path, part: str) -> Sequence:
-    """A part ("train" or "test") of a torchvision data set, downloaded into `data_dir` unless its
-    files are there: a sequence of (PIL image, label)."""
+# What the functions below return: pairs (image, label) by part, "train" and maybe "test", the image
+# one of PIL's, an array or a path; the names of the classes; the size of the images to be made.
+Parts = tuple[dict[str, Sequence], list[str], int]
+
+
+def open_torchvision(name: str, data_dir: Path, size: int) -> Parts:
+    """A data set of torchvision's, downloaded into `data_dir` unless its files are there."""
     from torchvision import datasets, transforms
+    sources = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100,  # 28x28: a border of 0
+               "fashion-mnist": partial(datasets.FashionMNIST, transform=transforms.Pad(2))}
+    parts = {}
     try:
-        if name == "food101":
-            return datasets.Food101(data_dir, split=part, download=True)
-        train = part == "train"
-        if name == "fashion-mnist":  # 28x28: a border of zeros
-            return datasets.FashionMNIST(data_dir, train, transforms.Pad(2), download=True)
-        source = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-        return source(data_dir, train, download=True)
+        for part in ("train", "test"):
+            if name == "food101":
+                parts[part] = datasets.Food101(data_dir, split=part, download=True)
+            else:
+                parts[part] = sources[name](data_dir, train=part == "train", download=True)
     except Exception as error:  # network, archive, checksum: the advice is the same
         raise UserError(f"cannot download {name} ({str(error) or type(error).__name__}): put its "
                         f"official files into {data_dir}, as torchvision keeps them") from error
+    return parts, parts["train"].classes, size
 
 
-def folder_digest(folder: Path) -> str:
-    """Names, sizes and times of all files below a folder, links followed: a cache made of other
-    files has another name."""
-    digest = hashlib.sha256(os.fsencode(folder))
-    paths = []
-    for parent, _, names in os.walk(folder, followlinks=True):
-        paths += [os.path.join(parent, name) for name in names]
-    for path in sorted(filter(os.path.exists, paths)):  # a link may lead nowhere
-        state = os.stat(path)
-        digest.update(repr((os.fsencode(path), state.st_size, state.st_mtime_ns)).encode())
-    return digest.hexdigest()[:8]
-
-
-def open_folder(folder: Path, part: str) -> Sequence:
-    """A part of a folder <part>/<class>/, as `open_torchvision`; torchvision's ImageFolder says
-    what counts as a class and an image."""
-    from torchvision.datasets.folder import ImageFolder, find_classes
+def open_npz(path: str, size: int | None) -> Parts:
+    """A file as MedMNIST ships them: {train,test}_images, uint8 (N,H,W), (N,H,W,1) or (N,H,W,3),
+    and {train,test}_labels, integers (N,) or (N,1)."""
+    parts = {}
     try:
-        dataset = ImageFolder(folder / part, loader=open_image)
-        classes, _ = find_classes(folder / "train")
-        if dataset.classes != classes or len(classes) < 2:
-            raise FileNotFoundError(f"{part}/ holds {', '.join(dataset.classes)}")
-        return dataset
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: expected images in train/<class>/ and test/<class>/, of the "
-                        f"same two or more classes: {error}") from error
+        with np.load(path) as file:
+            for part in ("train", "test") if "test_images" in file else ("train",):
+                images = file[f"{part}_images"]
+                labels = file[f"{part}_labels"]
+                if images.dtype != np.uint8 or images.shape[3:] not in ((), (1,), (3,)):
+                    raise ValueError(f"{part}_images: {images.dtype} {images.shape}, not uint8 "
+                                     "(N,H,W), (N,H,W,1) or (N,H,W,3)")
+                if labels.dtype.kind not in "iu" or labels.size != len(images):
+                    raise ValueError(f"{part}_labels: {labels.dtype} {labels.shape}, not one "
+                                     "integer for each image")
+                if part == "train":
+                    classes = sorted(set(labels.flat))
+                for label in set(labels.flat) - set(classes):
+                    raise ValueError(f"{part}_labels: {label} is no training image's")
+                images = images.squeeze(3) if images.shape[3:] == (1,) else images
+                parts[part] = list(zip(images, map(classes.index, labels.flat)))
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot use {path}: {error}") from error
+    return parts, list(map(str, classes)), size or min(parts["train"][0][0].shape[:2])
 
 
-def open_image(path: str):
-    """The image as RGB; no formats but these: some would start a program."""
-    from PIL import Image
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # over 89 million pixels
-    try:
-        with Image.open(path, formats=("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")) as image:
-            return image.convert("RGB")  # reads it
-    except Exception as error:  # a damaged file raises many kinds
-        raise UserError(f"cannot read {path}: {error}") from error
+def list_images(root: Path) -> list[tuple]:
+    """All images of a folder, links followed: (part, class, path in `root`, size, time). They lie
+    in train/<class>/ and test/<class>/ or val/<class>/, or, without train/, in <class>/. Prints
+    what it leaves out; which endings are images' is torchvision's rule."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    def find(*names: str) -> Iterator[Path]:
+        for name in names:
+            for folder in root.iterdir():
+                if folder.name.lower() == name and any(map(Path.is_dir, folder.glob("[!.]*"))):
+                    yield folder
+
+    parts = [("train", next(find("train", "training"), root))]
+    parts += [("test", folder) for folder in find("test", "testing", "val", "valid", "validation")]
+    listing = []
+    left_out = Counter()
+    unreadable = []
+    for part, base in parts[:2]:
+        walk = os.walk(base, onerror=unreadable.append, followlinks=True)
+        for path in sorted(Path(parent, name) for parent, _, names in walk for name in names):
+            inside = path.relative_to(base).parts
+            if any(name.startswith(".") for name in inside):
+                left_out["hidden"] += 1
+            elif path.suffix.lower() not in IMG_EXTENSIONS:
+                left_out[f"*{path.suffix}"] += 1
+            elif len(inside) == 1:
+                left_out["beside the classes"] += 1
+            elif not path.exists():
+                left_out["links to nothing"] += 1
+            else:
+                state = path.stat()
+                listing.append((part, inside[0], str(path.relative_to(root)), state.st_size,
+                                state.st_mtime_ns))
+    if unreadable:
+        raise UserError(f"cannot read {unreadable[0]}")
+    if left_out:
+        counts = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
+        print(f"files of {root} that are left out: {counts}", flush=True)
+    return listing
 
 
-def read_squares(dataset: Sequence, size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """The centre squares of (PIL image, label), uint8 (size,size,3), read in parallel."""
+def open_folder(root: Path, listing: list[tuple], size: int) -> Parts:
+    """The images that `list_images` found. UserError if the parts have other classes."""
+    train, test = ({name for part, name, *_ in listing if part == wanted}
+                   for wanted in ("train", "test"))
+    if len(train) < 2:
+        raise UserError(f"{root}: expected images in train/<class>/ and test/<class>/, of two or "
+                        f"more classes; found {', '.join(train) or 'none'}")
+    if test and test != train:
+        raise UserError(f"{root}: only train/ has {', '.join(sorted(train - test)) or 'no class'}, "
+                        f"only the other part has {', '.join(sorted(test - train)) or 'no class'}")
+    classes = sorted(train)
+    parts = {"train": [], "test": []} if test else {"train": []}
+    for part, name, path, *_ in listing:
+        parts[part].append((root / path, classes.index(name)))
+    return parts, classes, size
+
+
+def open_image(path: str | Path):
+    """The image as a viewer shows it, PIL's in RGB: turned as EXIF says, on white where it is
+    transparent, 16 bits as 8. UserError naming the file and what is in it."""
     from PIL import Image, ImageOps
+    warnings.simplefilter("error", Image.DecompressionBombWarning)  # over 89 million pixels
+    kind = None
+    try:
+        with Image.open(path) as image:
+            kind = image.format
+            if kind not in ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP"):
+                raise ValueError("a format that is not read")  # some would start a program
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+                pixels = np.asarray(image.convert("I")) >> 8
+                image = Image.fromarray(pixels.astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise ValueError("32 bits a pixel: the range is unknown")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:  # a damaged file raises many kinds
+        raise UserError(f"{path} ({kind}: {error})" if kind else f"{path} (no image)") from error
 
-    def read(i: int) -> tuple[np.ndarray, int]:
-        image, label = dataset[i]
-        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BOX)
-        return np.asarray(image), label
+
+def square(image, size: int) -> np.ndarray:
+    """The centre square of one of PIL's images: uint8 (size,size,3)."""
+    from PIL import Image, ImageOps
+    fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BOX)
+    return np.asarray(fitted)
+
+
+def read_squares(part: Sequence, size: int) -> Iterator[tuple[np.ndarray | UserError, int]]:
+    """The centre squares of a part, or why there is none, and the labels; read in parallel."""
+    from PIL import Image
+
+    def read(i: int) -> tuple[np.ndarray | UserError, int]:
+        image, label = part[i]
+        try:
+            if isinstance(image, Path):
+                image = open_image(image)
+            if isinstance(image, np.ndarray):
+                image = Image.fromarray(image)
+            return square(image, size), label
+        except UserError as error:
+            return error, label
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(dataset), 256):  # not all at once: they would fill the memory
-            yield from pool.map(read, range(start, min(start + 256, len(dataset))))
+        for start in range(0, len(part), 256):  # not all at once: they would fill the memory
+            yield from pool.map(read, range(start, min(start + 256, len(part))))
 
 
-def write_cache(cache: Path, open_part: Callable[[str], Sequence], size: int) -> None:
-    """The folder `cache`: {train,test}_{images,labels}.npy. It appears when it is complete."""
+def write_cache(cache: Path, parts: dict[str, Sequence], classes: list[str], size: int) -> None:
+    """The folder `cache`: {train,test}_{images,labels}.npy, classes.npy. It appears when it is
+    complete. UserError naming all images that cannot be read."""
     temporary = cache.with_name(f"tmp-{cache.name}")
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
     temporary.mkdir()
-    for part in ("train", "test"):
-        dataset = open_part(part)
-        shape = (len(dataset), size, size, 3)
+    unreadable = []
+    for part, pairs in parts.items():
+        shape = (len(pairs), size, size, 3)
         if math.prod(shape) > shutil.disk_usage(temporary).free:  # a full disk would be SIGBUS
             raise OSError(f"{math.prod(shape) / 2 ** 30:.1f} GiB of images do not fit the disk")
         images = np.lib.format.open_memmap(temporary / f"{part}_images.npy", "w+", np.uint8, shape)
-        labels = np.empty(len(dataset), np.int64)
-        squares = progress(read_squares(dataset, size), f"reading {part}", total=len(dataset))
-        for i, (image, label) in enumerate(squares):
-            images[i] = image
-            labels[i] = label
+        labels = np.empty(len(pairs), np.int64)
+        squares = progress(read_squares(pairs, size), f"reading {part}", total=len(pairs))
+        for i, (image, labels[i]) in enumerate(squares):
+            if isinstance(image, UserError):
+                unreadable.append(str(image))
+            else:
+                images[i] = image
         images.flush()
         np.save(temporary / f"{part}_labels.npy", labels)
+    np.save(temporary / "classes.npy", np.array(classes))
+    if unreadable:
+        shutil.rmtree(temporary)
+        raise UserError("mend or remove what cannot be read: " + "; ".join(unreadable))
     os.rename(temporary, cache)
 
 
@@ -536,7 +682,7 @@ def read_cache(cache: Path) -> dict[str, np.ndarray]:
     what `read_arrays` promises."""
     arrays = {}
     try:
-        for part in ("train", "test"):
+        for part in ("train", "test") if (cache / "test_images.npy").exists() else ("train",):
             # "c": what torch may write to, though nobody does, without changing the file
             images = np.load(cache / f"{part}_images.npy", mmap_mode="c")
             labels = np.load(cache / f"{part}_labels.npy")
@@ -546,35 +692,54 @@ def read_cache(cache: Path) -> dict[str, np.ndarray]:
                 raise ValueError(f"{part}_labels: {labels.dtype} {labels.shape}, not integers (N,)")
             arrays[f"{part}_images"] = images if images.nbytes > 2 ** 32 else np.array(images)
             arrays[f"{part}_labels"] = labels.astype(np.int64)
-        if arrays["test_images"].shape[1:] != arrays["train_images"].shape[1:]:
-            raise ValueError("test_images are of another size than train_images")
-        classes = np.unique(arrays["train_labels"]).tolist()
-        if classes != list(range(len(classes))) or not set(arrays["test_labels"]) <= set(classes):
-            raise ValueError("labels: not 0..K-1, each among the training images")
-    except Exception as error:  # a damaged file raises many kinds
+            if images.shape[1:] != arrays["train_images"].shape[1:]:
+                raise ValueError("test_images are of another size than train_images")
+            classes = np.unique(arrays["train_labels"]).tolist()
+            if classes != list(range(len(classes))) or not set(labels) <= set(classes):
+                raise ValueError("labels: not 0..K-1, each among the training images")
+        arrays["classes"] = np.array(classes).astype(str)
+        if (cache / "classes.npy").exists():
+            arrays["classes"] = np.load(cache / "classes.npy")
+    except (EOFError, IndexError, ValueError) as error:
         raise UserError(f"{cache} is not a usable cache ({error}): delete it to have it made "
                         "anew") from error
+    except OSError as error:
+        raise UserError(f"cannot read {cache}: {error}") from error
     return arrays
 
 
 def choose_images(arrays: dict[str, np.ndarray], args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """The arrays cut to --num-train, stratified by class, and resampled to --image-size."""
+    """The arrays with a test set, cut to --num-train, resampled to --image-size."""
+    if args.test_fraction and "test_images" in arrays:
+        raise UserError(f"--test-fraction: {args.dataset} has a test set of its own")
+    if "test_images" not in arrays:
+        if not args.test_fraction:
+            raise UserError(f"{args.dataset} has no test/ or val/: --test-fraction 0.2 splits a "
+                            "test set off")
+        arrays = split_test(arrays, args.test_fraction)
     labels = arrays["train_labels"]
-    classes = int(labels.max()) + 1
-    if classes < 2:
-        raise UserError(f"{args.dataset}: there is only one class, a classifier needs two")
     if (args.num_train or 0) > len(labels):
         raise UserError(f"--num-train {args.num_train}: there are {len(labels)} training images")
     if args.num_train not in (None, len(labels)):
-        chosen, _ = stratified_split(labels, args.num_train, stream_seed(args.seed, "subset"))
-        if len(np.unique(labels[chosen])) < classes:
-            raise UserError(f"--num-train {args.num_train}: too few for each of {classes} classes")
+        chosen, _ = stratified_split(labels, args.num_train, stream_seed(args.seed, "subset"),
+                                     arrays["classes"])
         arrays = arrays | {"train_images": arrays["train_images"][chosen],
                            "train_labels": labels[chosen]}
     if args.image_size:
         arrays = arrays | {name: resample(arrays[name], args.image_size)
                            for name in ("train_images", "test_images")}
     return arrays
+
+
+def split_test(arrays: dict[str, np.ndarray], fraction: float) -> dict[str, np.ndarray]:
+    """The arrays with a part of the training images as test images, the same for every --seed: no
+    run trains on what another one tests."""
+    images = arrays["train_images"]
+    labels = arrays["train_labels"]
+    train, test = stratified_split(labels, round((1 - fraction) * len(labels)), 0,
+                                   arrays["classes"])
+    return arrays | {"train_images": images[train], "train_labels": labels[train],
+                     "test_images": images[test], "test_labels": labels[test]}
 
 
 def resample(images: np.ndarray, size: int) -> np.ndarray:
@@ -609,27 +774,38 @@ def make_images(arrays: dict[str, np.ndarray], recipe: dict,
             rows=torch.arange(len(labels), device=place),
             mean=torch.from_numpy(pixel_mean).float().to(device),
             std=torch.from_numpy(pixel_std).float().to(device),
-            num_classes=int(arrays["train_labels"].max()) + 1, flip=recipe["flip"],
-            crop=recipe["crop"], device=device))
+            classes=arrays["classes"].tolist(), flip=recipe["flip"], crop=recipe["crop"],
+            device=device))
     return tuple(sets)
 
 
 def describe(args: argparse.Namespace, first: Images, second: Images, folder: Path) -> str:
     """What a stage prints as it begins: the network, the images of both sets, the machine."""
     return (f"{args.arch} on {args.dataset}, {len(first)} + {len(second)} images "
-            f"{first.size}x{first.size}, {first.num_classes} classes; {world} x {args.device}, "
+            f"{first.size}x{first.size}, {len(first.classes)} classes; {world} x {args.device}, "
             f"{args.kernel} kernels, {args.threads} threads; writing to {folder}")
 
 
-def stratified_split(labels: np.ndarray, first: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split 0..N-1 into index arrays of `first` and N - `first` images, stratified by class."""
+def stratified_split(labels: np.ndarray, first: int, seed: int,
+                     classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Split 0..N-1 into index arrays of `first` and N - `first` images, stratified by class; each
+    has all classes. UserError naming the class that is too small for it."""
     from sklearn.model_selection import train_test_split
+    where = f"{first} and {len(labels) - first} of {len(labels)} images"
+    counts = np.bincount(labels, minlength=len(classes))
+    smallest = counts.argmin()
+    if counts[smallest] < 2:
+        raise UserError(f"cannot split into {where}: class {classes[smallest]!r} has "
+                        f"{counts[smallest]} image, too few for both")
     try:
         parts = train_test_split(np.arange(len(labels)), train_size=first, stratify=labels,
                                  random_state=seed % 2 ** 32)
     except ValueError as error:
-        raise UserError(f"cannot split {len(labels)} images into {first} and "
-                        f"{len(labels) - first}: {error}") from error
+        raise UserError(f"cannot split into {where}: {error}") from error
+    for part in parts:
+        if len(np.unique(labels[part])) < len(classes):
+            raise UserError(f"cannot split into {where}: class {classes[smallest]!r} has "
+                            f"{counts[smallest]} images, too few for both")
     return np.sort(parts[0]), np.sort(parts[1])
 
 
@@ -638,13 +814,10 @@ def split_for_search(train: Images, args: argparse.Namespace) -> tuple[Images, I
     validates (paper: half and half). UserError if a part is smaller than a batch."""
     labels = train.labels[train.rows].cpu().numpy()
     first, second = stratified_split(labels, round(args.split * len(train)),
-                                     stream_seed(args.seed, "split"))
+                                     stream_seed(args.seed, "split"), train.classes)
     if args.batch_size > min(len(first), len(second)):
         raise UserError(f"--batch-size {args.batch_size} is larger than a part of the split "
                         f"({len(first)} training, {len(second)} validation images)")
-    for part in (first, second):
-        if len(np.unique(labels[part])) < train.num_classes:
-            raise UserError(f"--split {args.split}: a class has too few images for both parts")
     return train.subset(first), train.subset(second)
 
 
@@ -683,7 +856,7 @@ def parse_config(text: str, like: Config | None = None) -> Config:
 @dataclass(frozen=True)
 class Space:
     """The pooling configurations to choose from; macs: multiply-adds of one image's forward pass,
-    also of the default."""
+    of all that the network could have."""
     configs: list[Config]
     default: Config
     macs: dict[Config, int]
@@ -702,13 +875,18 @@ def search_space(args: argparse.Namespace, images: Images) -> Space:
         default = tuple(map(len, np.array_split(range(layers), resolutions)))
 
     configs = enumerate_configs(layers, resolutions)
-    if "configs" in args and args.configs:
-        configs = list(dict.fromkeys(parse_config(text, default) for text in args.configs))
     try:
-        macs = count_macs(network, [*configs, default], images.size)
+        macs = count_macs(network, configs, images.size)
     except (RuntimeError, ValueError) as error:  # of torch and of kernels/
         raise UserError(f"{images.size}x{images.size} images are too small for {resolutions} "
                         "resolutions") from error
+    if "configs" in args and args.configs:
+        configs = list(dict.fromkeys(parse_config(text, default) for text in args.configs))
+    if "max_macs" in args and args.max_macs:
+        configs = [config for config in configs if macs[config] <= args.max_macs * macs[default]]
+        if not configs:
+            cheapest = min(macs.values()) / macs[default]
+            raise UserError(f"--max-macs {args.max_macs}: none costs less than {cheapest:.3f}")
     return Space(configs, default, macs)
 
 
@@ -753,21 +931,35 @@ def choose_kernel(kernel: str, device: str) -> str:
         return "native"
     try:
         import kernels as module
+        if Path(module.__file__).parent != Path(__file__).parent / "kernels":
+            raise ImportError(f"{module.__file__} is another package of the name kernels")
         module.load()
     except (ImportError, RuntimeError) as error:  # BuildError is a RuntimeError
         if kernel == "fused":
-            raise UserError(f"--kernel fused: {error}") from error
+            raise UserError(f"no fused kernels: {error}") from error
         print(f"warning: {error}; native ops are used, slower", file=sys.stderr)
         return "native"
     kernels = module
     return "fused"
 
 
-def conv3x3(conv: nn.Conv2d, x: torch.Tensor, stride: bool) -> torch.Tensor:
-    """A 3x3 convolution without bias that has stride 2 in this call, or not."""
-    if kernels:
-        return kernels.pool_conv2d(x, conv.weight, "stride" if stride else "none")[0]
-    return F.conv2d(x, conv.weight, stride=2 if stride else 1, padding=1)
+def fused() -> bool:
+    """Whether layers take the module `kernels`; an exported network is for those without it."""
+    exported = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return kernels is not None and not exported
+
+
+def strided(conv: nn.Conv2d, x: torch.Tensor, downsample: str) -> torch.Tensor:
+    """conv(x), with stride 2 in this call if `downsample` is "stride": the module itself is called,
+    whatever it has become, so that hooks see it."""
+    if downsample != "stride":
+        return conv(x)
+    stride = conv.stride
+    conv.stride = (2, 2)
+    try:
+        return conv(x)
+    finally:
+        conv.stride = stride
 
 
 def batch_norm(channels: int, supernet: bool) -> nn.BatchNorm2d:
@@ -795,7 +987,7 @@ class Stem(nn.Module):
         self.norm = batch_norm(channels, supernet)
 
     def forward(self, x: torch.Tensor, downsample: str) -> torch.Tensor:
-        if kernels and not self.large:
+        if fused() and not self.large:
             return kernels.stem(x, self.conv, self.norm)
         x = F.relu(self.norm(self.conv(x)))
         return F.max_pool2d(x, 3, 2, 1) if self.large else x
@@ -819,12 +1011,12 @@ class BasicBlock(nn.Module):
         self.shortcut = make_shortcut(c_in, channels, supernet)
 
     def forward(self, x: torch.Tensor, downsample: str) -> torch.Tensor:
-        if kernels:
+        if fused():
             return kernels.basic_block(x, self.conv1, self.norm1, self.conv2, self.norm2,
                                        self.shortcut, downsample)
         if downsample == "maxpool":
             x = F.max_pool2d(x, 2)
-        y = F.relu(self.norm1(conv3x3(self.conv1, x, stride=downsample == "stride")))
+        y = F.relu(self.norm1(strided(self.conv1, x, downsample)))
         y = self.norm2(self.conv2(y))
         if downsample == "stride":
             x = x[:, :, ::2, ::2]
@@ -850,7 +1042,7 @@ class Bottleneck(nn.Module):
         if downsample == "maxpool":
             x = F.max_pool2d(x, 2)
         y = F.relu(self.norm1(self.conv1(x)))
-        y = F.relu(self.norm2(conv3x3(self.conv2, y, stride=downsample == "stride")))
+        y = F.relu(self.norm2(strided(self.conv2, y, downsample)))
         y = self.norm3(self.conv3(y))
         if downsample == "stride":
             x = x[:, :, ::2, ::2]
@@ -871,8 +1063,9 @@ class Network(nn.Module):
     nothing is rebuilt and no state is kept. What makes it searchable:
 
     layers: modules, layer(x, downsample) with "none" or `self.downsample`, the first always "none";
-    head(x): logits of the last layer's output; default_config: whose sum is the number of layers.
-    In a supernet BatchNorm has no running statistics (`batch_norm`).
+    head(x): logits of the last layer's output; default_config: whose sum is the number of layers,
+    and what a call without a configuration takes. In a supernet BatchNorm has no running statistics
+    (`batch_norm`).
     """
     layers: nn.ModuleList
     default_config: Config
@@ -885,10 +1078,10 @@ class Network(nn.Module):
             modes[layer] = self.downsample
         return modes
 
-    def forward(self, images: torch.Tensor, config: Config) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, config: Config | None = None) -> torch.Tensor:
         """images: (N,3,H,W) -> logits (N,num_classes)."""
         x = images
-        for layer, mode in zip(self.layers, self.downsampling(config)):
+        for layer, mode in zip(self.layers, self.downsampling(config or self.default_config)):
             x = layer(x, mode)
         return self.head(x)
 
@@ -938,9 +1131,31 @@ def make_network(args: argparse.Namespace, images: Images, supernet: bool, seed:
     weights, `stream_seed(..., "weights", ...)`."""
     with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
         torch.manual_seed(seed)
-        network = ARCHS[args.arch](images.num_classes, supernet=supernet, width=args.width,
+        network = ARCHS[args.arch](len(images.classes), supernet=supernet, width=args.width,
                                    downsample=args.downsample, image_size=images.size)
     return network.to(device or args.device, memory_format=torch.channels_last)
+
+
+def load_network(path: str) -> tuple[Network, dict]:
+    """A network that stage 1 or 3 trained, its networks/<config>-<seed>.pt: in evaluation mode,
+    on the CPU, its configuration the default of a call; and what is needed to use it: arch, width,
+    downsample, config, image_size, classes (their names), mean and std of the pixels."""
+    saved = load(Path(path))
+    about = saved["about"]
+    if about["arch"] not in ARCHS:
+        raise UserError(f"{path}: add its --arch {about['arch']} to common.ARCHS first")
+    network = ARCHS[about["arch"]](len(about["classes"]), width=about["width"],
+                                   downsample=about["downsample"], image_size=about["image_size"])
+    network.load_state_dict(saved["network"])
+    network.default_config = parse_config(about["config"])
+    return network.eval(), about
+
+
+def load_picture(path: str, about: dict) -> torch.Tensor:
+    """An image file as a network has learned to see it, float32 (1,3,H,H); about: what
+    `load_network` says of it."""
+    pixels = torch.tensor(square(open_image(path), about["image_size"]))[None]
+    return normalise(pixels, torch.tensor(about["mean"]), torch.tensor(about["std"]))
 
 
 @torch.no_grad()
@@ -968,8 +1183,9 @@ def count_macs(network: Network, configs: list[Config], image_size: int) -> dict
 @torch.inference_mode()
 def evaluate_configs(network: Network, configs: list[Config],
                      batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-                     amp: str = "off") -> torch.Tensor:
-    """The accuracy of each configuration over all (images, labels) batches: float64 (C,).
+                     amp: str = "off", metric: str = "accuracy") -> torch.Tensor:
+    """The accuracy of each configuration over all (images, labels) batches: float64 (C,); metric:
+    of all images, or "balanced", the mean of the classes' accuracies.
 
     Up to their first different pooling, configurations have the same activations, so they are
     walked as a tree of shared prefixes: 2.03x fewer multiply-adds for the 36 of ResNet-20. Exact:
@@ -979,22 +1195,26 @@ def evaluate_configs(network: Network, configs: list[Config],
 
     def walk(x: torch.Tensor, depth: int, members: list[int]) -> None:
         if depth == len(network.layers):
-            hits = (network.head(x).argmax(1) == labels).sum()  # stays on the device
+            logits = network.head(x)
+            by_class = torch.zeros(2, logits.shape[1], dtype=torch.int64, device=x.device)
+            hits = (logits.argmax(1) == labels).long()  # all stays on the device
+            by_class.index_add_(1, labels, torch.stack([hits, torch.ones_like(hits)]))
             for i in members:
-                correct[i] += hits
+                counts[i] += by_class
             return
         for mode in ("none", network.downsample):
             group = [i for i in members if modes[i][depth] == mode]
             if group:
                 walk(network.layers[depth](x, mode), depth + 1, group)
 
-    correct = [0] * len(configs)
-    count = 0
+    counts = [0] * len(configs)  # of hits and images, by class: int64 (2,K)
     for images, labels in batches:
-        count += len(labels)
         with autocast(images.device, amp):
             walk(images, 0, list(range(len(configs))))
-    return torch.stack(correct).double().cpu() / count
+    hits, images = torch.stack(counts, 1).double().cpu()
+    if metric == "accuracy":
+        return hits.sum(1) / images.sum(1)
+    return (hits / images).nanmean(1)  # 0 / 0: a class without an image
 
 
 # --------------------------------------------------------------------------------- learning
@@ -1088,12 +1308,15 @@ def train_alone(path: Path, args: argparse.Namespace, train: Images, test: Image
     """Stages 1 and 3: train a network of its own, from scratch or from where it was interrupted.
 
     Protocol (paper): SGD, learning rate x0.1 at 40, 60, 80 and 90 % of the epochs, the accuracy of
-    the last epoch on the test images. Writes `path`, *.pt, the checkpoint ("network": the weights),
-    and, when it is finished, *.json: config, seed, test_accuracy, history (an entry an epoch).
+    the last epoch on the test images. Writes `path`, *.pt, the checkpoint, which `load_network`
+    reads, and, when it is finished, *.json: config, seed, test_accuracy, history (of its epochs).
     """
     name = config_name(config)
     steps = train.num_batches(args.batch_size)
     learner = Learner(make_network(args, train, False, stream_seed(seed, "weights")), args)
+    about = {"arch": args.arch, "width": args.width, "downsample": args.downsample, "config": name,
+             "image_size": train.size, "classes": train.classes, "mean": train.mean.tolist(),
+             "std": train.std.tolist()}
     history = []
     if path.exists():
         state = load(path)
@@ -1122,11 +1345,12 @@ def train_alone(path: Path, args: argparse.Namespace, train: Images, test: Image
         seconds = time.perf_counter() - start
         history.append({"epoch": epoch + 1, "train_loss": loss, "train_accuracy": train_accuracy,
                         "lr": lr, "seconds": seconds, "images_per_second": len(train) / seconds})
-        save(path, learner.state_dict() | {"history": history})
+        save(path, learner.state_dict() | {"history": history, "about": about})
         show_epoch(bar, history, args.epochs, f"{name} seed {seed}  ")
 
     batches = test.evaluation_batches(args.batch_size)
-    accuracies = evaluate_configs(learner.network.eval(), [config], batches, args.amp)
+    accuracies = evaluate_configs(learner.network.eval(), [config], batches, args.amp,
+                                  args.metric)
     save(path.with_suffix(".json"), {"config": name, "seed": seed,
                                      "test_accuracy": accuracies.item(), "history": history})
 
@@ -1170,11 +1394,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def lock(path: Path, wait: bool = True):
-    """The file `path`, open and locked until it is closed: by the kernel, if its process dies.
+    """The file `path`, open and locked until it is closed: by the system, if its process dies.
     BlockingIOError without `wait` if another one has it."""
-    import fcntl
     file = open(path, "a")
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except (ImportError, OSError) as error:  # Windows; NFS or Lustre without locks
+        print(f"warning: files cannot be locked here ({error}): start nothing twice; only Linux "
+              "and macOS are tested", file=sys.stderr)
     return file
 
 
@@ -1193,7 +1423,10 @@ def load(path: Path) -> dict | list:
         if path.suffix == ".json":
             return dict(json.loads(path.read_text()))
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # many kinds
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    except (RuntimeError, ValueError, TypeError, LookupError, EOFError, AttributeError,
+            pickle.UnpicklingError) as error:  # what torch.load has been seen to raise
         raise UserError(f"{path} is damaged or foreign ({str(error)[:80]}): move it away, and the "
                         "command that wrote it goes on without it") from error
 
@@ -1215,30 +1448,47 @@ def show_epoch(bar: tqdm, log: list[dict], epochs: int, label: str = "") -> None
 
 
 # settings that change no result, or only extend it
-NOT_COMPARED = {"out", "data_dir", "device", "threads", "ground_truth", "rank_every", "config",
-                "seeds", "source"}
+NOT_COMPARED = {"out", "dataset", "data_dir", "cache_dir", "device", "threads", "ground_truth",
+                "rank_every", "config", "seeds", "source"}
+held = weakref.WeakValueDictionary()  # this process's run folders: a notebook's stopped cell keeps
+# its own, and may be run again
 
 
 class Run:
     """A run folder: `folder`, and `record`, what result.json needs to be redone.
 
-    Opened again with the same settings it continues; UserError, naming the differences, if they
-    differ. What does not change a result, or only extends it, may differ; extensible: and these
-    settings. The folder belongs to one process (or job of ranks) as long as that lives.
+    Opened again with the same settings it continues, with the kernels that it began with;
+    UserError, naming the differences, if they differ. What does not change a result, or only
+    extends it, may differ; extensible: and these settings. The folder belongs to one process (or
+    job of ranks) as long as that lives.
     """
 
     def __init__(self, stage: str, args: argparse.Namespace, data: tuple[Images, Images],
                  extensible: set[str] = set()):
-        self.folder = Path(args.out or f"runs/{stage}-{Path(args.dataset).name}")
-        settings = {"stage": stage, "data": fingerprint(data)} | vars(args)
-        self.record = {"settings": settings} | environment(args)
+        self.folder = Path(args.out or f"runs/{stage}-{Path(args.dataset).resolve().stem}")
+        settings = {"stage": stage, "data": fingerprint(data)}
         config = self.folder / "config.json"
+        asked = args.kernel
         if config.exists():
-            refuse_other_settings(config, settings, NOT_COMPARED | extensible)
+            before = load(config).get("settings", {})
+            if asked == "auto":
+                args.kernel = before.get("kernel", "auto")
+            refuse_other_settings(before, settings | vars(args), NOT_COMPARED | extensible,
+                                  self.folder)
+        try:
+            args.kernel = choose_kernel(args.kernel, args.device)
+        except UserError as error:
+            if asked == "fused":
+                raise
+            print(f"warning: {error}; goes on with native ops, to other bits", file=sys.stderr)
+            args.kernel = choose_kernel("native", args.device)
+        self.record = {"settings": settings | vars(args)} | environment(args)
         if rank == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.owned = lock(self.folder / "lock", wait=False)
+                place = self.folder.resolve()
+                self.owned = held.get(place) or lock(self.folder / "lock", wait=False)
+                held[place] = self.owned
                 save(config, self.record)
             except BlockingIOError as error:
                 raise UserError(f"another process is writing to {self.folder}: choose another "
@@ -1248,22 +1498,21 @@ class Run:
         barrier()
 
 
-def refuse_other_settings(config: Path, settings: dict, ignored: set[str]) -> None:
-    """UserError if config.json holds other settings, but for the `ignored`."""
-    before = load(config).get("settings", {})
+def refuse_other_settings(before: dict, settings: dict, ignored: set[str], folder: Path) -> None:
+    """UserError if a folder's run had other settings, but for the `ignored`."""
     differing = []
     for name in sorted((before.keys() | settings.keys()) - ignored):
         if before.get(name) != settings.get(name):
             was, now = str(before.get(name)), str(settings.get(name))
             differing.append(f"{name} {was[:20]} there, {now[:20]} now")
     if differing:
-        raise UserError(f"{config.parent} holds a run with other settings "
-                        f"({'; '.join(differing)}): choose another --out, or delete it")
+        raise UserError(f"{folder} holds a run with other settings ({'; '.join(differing)}): "
+                        "choose another --out, or delete it")
 
 
 def fingerprint(data: tuple[Images, Images]) -> str:
     """SHA-256 of the images and labels of both sets, as they are used."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr((data[0].flip, data[0].crop)).encode())
     for images in data:
         for tensor in (images.images, images.labels):
             digest.update(repr(tuple(tensor.shape)).encode())
@@ -1355,7 +1604,7 @@ def rank_metrics(accuracies: dict[Config, float],
 
 def save_ranking(run: Run, space: Space, accuracies: torch.Tensor, owners: list[int],
                  steps: torch.Tensor, validation: Images) -> None:
-    """result.json: the ranking, best first (ties keep the paper's order), and the pick.
+    """result.json: the ranking, best first (ties keep the paper's order), and the picks.
 
     accuracies: float64 (C,); owners: the supernet of each; steps: int64 (C,M), of training, by
     configuration and supernet.
@@ -1365,10 +1614,15 @@ def save_ranking(run: Run, space: Space, accuracies: torch.Tensor, owners: list[
         config = space.configs[i]
         ranking.append({"config": config_name(config), "accuracy": accuracies[i].item(),
                         "supernet": owners[i], "steps": steps[i].tolist(),
-                        "macs": space.macs[config]})
+                        "macs": space.macs[config],
+                        "cost": space.macs[config] / space.macs[space.default]})
+    cheap = [entry["config"] for entry in ranking if entry["cost"] <= 1]
+    shares = validation.labels[validation.rows].bincount().double() / len(validation)
+    balanced = run.record["settings"]["metric"] == "balanced"
     save(run.folder / "result.json", run.record | {
         "validation_images": len(validation), "ranking": ranking, "pick": ranking[0]["config"],
-        "default": config_name(space.default), "metrics": None})
+        "pick_at_no_cost": cheap[0] if cheap else None, "default": config_name(space.default),
+        "chance": 1 / len(shares) if balanced else shares.max().item(), "metrics": None})
 
 
 def report_search(run: Run, truth: dict[Config, float] | None) -> None:
@@ -1383,24 +1637,38 @@ def report_search(run: Run, truth: dict[Config, float] | None) -> None:
         save(run.folder / "result.json", result)
     plot_results(run.folder / "ranking.png",
                  {config: [accuracy] for config, accuracy in accuracies.items()},
-                 f"validation accuracy; pick: {result['pick']}", parse_config(result["default"]),
-                 truth)
+                 f"validation accuracy; pick: {result['pick']}",
+                 {config: entry["cost"] for config, entry in zip(accuracies, ranking)},
+                 parse_config(result["default"]), truth)
 
-    print("\nrank  configuration  accuracy  supernet  Mmult-adds" + "  ground truth" * bool(truth))
+    print("\nrank  configuration  accuracy  supernet  cost" + "  ground truth" * bool(truth))
     for place, (entry, config) in enumerate(zip(ranking, accuracies), 1):
         default = entry["config"] == result["default"]
         if place <= 10 or place == len(ranking) or default:
             line = (f"{place:4}  {entry['config']:13}  {entry['accuracy']:8.4f}  "
-                    f"{entry['supernet']:8}  {entry['macs'] / 1e6:10.1f}")
+                    f"{entry['supernet']:8}  {entry['cost']:4.2f}")
             if truth:
                 line += f"  {truth[config]:12.4f}"
             print(line + "  default" * default)
+    print("cost: multiply-adds, the default's are 1")
     if truth:
         shown = [f"{name} {'undefined' if value is None else format(value, '.4g')}"
                  for name, value in result["metrics"].items()]
         print("against the ground truth:", ", ".join(shown))
-    print(f"pick: {result['pick']}   (all of it in {run.folder}/: result.json, *.png)\n"
-          f"next: python retrain.py --from {run.folder}")
+    best = ranking[0]["accuracy"]
+    equal = sum(entry["accuracy"] == best for entry in ranking)
+    if equal > 1:
+        print(f"warning: {equal} configurations share the best accuracy; the pick is but the first")
+    if best <= result["chance"]:
+        print("warning: the best is no better than the same answer for every image: no pick")
+    print(f"pick: {result['pick']}; that costs no more than the default: "
+          f"{result['pick_at_no_cost'] or 'none'}   (all of it in {run.folder}/)")
+    script = Path(__file__).with_name("retrain.py")
+    if script.parent == Path.cwd():
+        script = Path("retrain.py")
+    if result["settings"]["arch"] not in RESNETS:  # known only to the script that adds it
+        script = Path(sys.argv[0])
+    print("next:", shlex.join(["python", str(script), "--from", str(run.folder)]))
 
 
 def save_figure(figure, path: Path) -> None:
@@ -1409,23 +1677,21 @@ def save_figure(figure, path: Path) -> None:
         figure.savefig(temporary, dpi=110, bbox_inches="tight", format="png")
 
 
-def plot_results(path: Path, accuracies: dict[Config, list[float]], label: str, default: Config,
+def plot_results(path: Path, accuracies: dict[Config, list[float]], label: str,
+                 costs: dict[Config, float], default: Config,
                  truth: dict[Config, float] | None = None) -> None:
-    """Accuracies (one or more a configuration: seeds) as a ranking, for three resolutions over the
-    triangle (n1, n2) and, with a ground truth, as a scatter plot against it (paper, figure 3)."""
+    """Accuracies (one or more a configuration: seeds) as a ranking, over the cost and, with a
+    ground truth, as a scatter plot against it (paper, figure 3)."""
     from matplotlib.figure import Figure
-    triangle = len(default) == 3
-    panels = 1 + triangle + (truth is not None)
-    figure = Figure(figsize=(6 * panels, 7), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
+    panels = 2 + (truth is not None)
+    axes = Figure(figsize=(6 * panels, 7), layout="constrained").subplots(1, panels)
     means = {config: mean(values) for config, values in accuracies.items()}
     plot_ranking(axes[0], accuracies, means, default)
     axes[0].set(xlabel=f"{label}\n(bars: seeds; orange: the default)")
-    if triangle:
-        plot_triangle(axes[1], means, default)
+    plot_costs(axes[1], means, costs, default)
     if truth:
-        plot_against_truth(axes[-1], means, truth)
-    save_figure(figure, path)
+        plot_against_truth(axes[2], means, truth)
+    save_figure(axes[0].figure, path)
 
 
 def plot_ranking(axes, accuracies: dict[Config, list[float]], means: dict[Config, float],
@@ -1442,16 +1708,22 @@ def plot_ranking(axes, accuracies: dict[Config, list[float]], means: dict[Config
     axes.grid(alpha=0.3)
 
 
-def plot_triangle(axes, means: dict[Config, float], default: Config) -> None:
-    """Configurations of three resolutions by n1 and n2."""
-    n1, n2, _ = zip(*means)
-    dots = axes.scatter(n1, n2, c=list(means.values()), marker="s", s=500)
-    best = max(means, key=means.get)
-    axes.plot(*best[:2], "r*", markersize=12, label=f"best: {config_name(best)}")
-    axes.plot(*default[:2], "wo", markeredgecolor="k", label=f"default: {config_name(default)}")
-    axes.set(xlabel="n1, layers at full resolution", ylabel="n2, layers at half resolution")
+def plot_costs(axes, means: dict[Config, float], costs: dict[Config, float],
+               default: Config) -> None:
+    """A dot a configuration; on the Pareto front are those that nothing cheaper equals."""
+    front = []
+    for config in sorted(means, key=lambda config: (costs[config], -means[config])):
+        if not front or means[config] > means[front[-1]]:
+            front.append(config)
+    axes.plot([costs[config] for config in means], list(means.values()), "o", color="tab:blue")
+    axes.step([costs[config] for config in front], [means[config] for config in front],
+              color="tab:gray", where="post", label="Pareto front")
+    for config in {*front, default} & means.keys():
+        axes.annotate(config_name(config), (costs[config], means[config]), fontsize=7)
+    if default in means:
+        axes.plot(costs[default], means[default], "o", color="tab:orange", label="default")
+    axes.set(xlabel="multiply-adds, relative to the default's")
     axes.legend()
-    axes.figure.colorbar(dots, ax=axes)
 
 
 def plot_against_truth(axes, means: dict[Config, float], truth: dict[Config, float]) -> None:

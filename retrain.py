@@ -23,8 +23,8 @@ import common
 from common import Run, UserError, config_name, number, rank, spread, world
 
 # what --from takes over from the search
-TAKEN_OVER = ("dataset", "data_dir", "image_size", "num_train", "arch", "num_resolutions",
-              "downsample", "width")
+TAKEN_OVER = {"dataset", "data_dir", "cache_dir", "test_fraction", "image_size", "num_train",
+              "arch", "num_resolutions", "downsample", "width", "metric"}
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -46,10 +46,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"{source} holds no finished search (result.json with a pick)")
         settings = result["settings"]
         if settings["arch"] not in common.ARCHS:
-            raise UserError(f"--arch {settings['arch']} is unknown here: call retrain.main in the "
-                            "script that adds it to common.ARCHS")
-        parser.set_defaults(config=result["pick"], **{name: settings[name] for name in TAKEN_OVER})
-    return common.fill_defaults(parser.parse_args(argv), search=False)
+            raise UserError(f"--arch {settings['arch']} is unknown here: run the script that adds "
+                            "it to common.ARCHS, and let it call retrain.main")
+        parser.set_defaults(config=result["pick"], **{
+            name: value for name, value in settings.items() if name in TAKEN_OVER})
+    args = common.fill_defaults(parser.parse_args(argv), search=False)
+    if source and not (args.dataset in common.DATASET_PROTOCOLS or Path(args.dataset).exists()):
+        raise UserError(f"the data set of {source} is not at {args.dataset} any more: say where "
+                        "it is with --dataset")
+    return args
 
 
 def paired_comparison(pick: list[float],
@@ -72,7 +77,6 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     args.device = common.choose_device(args.device)
-    args.kernel = common.choose_kernel(args.kernel, args.device)
     common.keep_freed_memory()
 
     train, test = data = common.load_dataset(args)
@@ -108,7 +112,8 @@ def main(argv: list[str] | None = None) -> None:
     if interval:
         conclusion += (f", paired over the seeds: 95 % {interval[0]:+.4f} to {interval[1]:+.4f}, "
                        f"p = {p:.3f}")
-    print(f"\n{conclusion}\nin {run.folder}/: result.json, the trained networks/")
+    print(f"\n{conclusion}\nthe trained network, for common.load_network: "
+          f"{run.folder}/networks/{config_name(pick)}-{args.seed}.pt")
 
 
 if __name__ == "__main__":

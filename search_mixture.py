@@ -117,9 +117,10 @@ def search_step(learner: Learner, training, checking, config: Config, lr: float)
 
 
 def evaluate_owned(learners: dict[int, Learner], assignment: torch.Tensor, configs: list[Config],
-                   validation: Images, batch_size: int) -> tuple[torch.Tensor, list[int]]:
-    """The validation accuracy of every configuration on its own supernet, argmax_m P(m|c):
-    float64 (C,); and that supernet. Each rank evaluates on its supernets."""
+                   validation: Images,
+                   args: argparse.Namespace) -> tuple[torch.Tensor, list[int]]:
+    """The validation accuracy of every configuration on its own supernet, argmax_m P(m|c): float64
+    (C,), as --metric has it; and that supernet. Each rank evaluates on its supernets."""
     owners = assignment.argmax(1)
     accuracies = torch.zeros(len(configs), dtype=torch.float64)
     for m, learner in learners.items():
@@ -127,7 +128,7 @@ def evaluate_owned(learners: dict[int, Learner], assignment: torch.Tensor, confi
         if owned:
             accuracies[owned] = common.evaluate_configs(
                 learner.network, [configs[c] for c in owned],
-                validation.evaluation_batches(batch_size), learner.amp)
+                validation.evaluation_batches(args.batch_size), args.amp, args.metric)
     if world > 1:
         dist.all_reduce(accuracies)
     return accuracies, owners.tolist()
@@ -194,7 +195,6 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     args.device = common.choose_device(args.device)
-    args.kernel = common.choose_kernel(args.kernel, args.device)
     common.keep_freed_memory()
 
     data = common.load_dataset(args)
@@ -282,8 +282,7 @@ def main(argv: list[str] | None = None) -> None:
         if epoch + 1 in snapshots:
             line["assignment"] = assignment.tolist()
         if args.rank_every and (epoch + 1) % args.rank_every == 0:
-            accuracies, _ = evaluate_owned(learners, assignment, configs, validation,
-                                           args.batch_size)
+            accuracies, _ = evaluate_owned(learners, assignment, configs, validation, args)
             ranking = dict(zip(configs, accuracies.tolist()))
             line["ranking"] = {config_name(config): value for config, value in ranking.items()}
             if truth:
@@ -298,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     bar.close()
 
     assignment = assign(merged, log[-1]["temperature"], draw, args)
-    accuracies, owners = evaluate_owned(learners, assignment, configs, validation, args.batch_size)
+    accuracies, owners = evaluate_owned(learners, assignment, configs, validation, args)
     states = collect({m: common.cpu_weights(learner.network) for m, learner in learners.items()})
     if rank == 0:
         common.save(run.folder / "supernets.pt", [states[m] for m in range(count)])

@@ -30,7 +30,6 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     args.device = common.choose_device(args.device)
-    args.kernel = common.choose_kernel(args.kernel, args.device)
     common.keep_freed_memory()
 
     data = common.load_dataset(args)
@@ -51,6 +50,10 @@ def main(argv: list[str] | None = None) -> None:
         learner.load_state_dict(state["learner"])
         log = state["log"]
         counts = state["counts"]
+
+    def evaluate() -> torch.Tensor:
+        batches = validation.evaluation_batches(args.batch_size)
+        return common.evaluate_configs(network, space.configs, batches, args.amp, args.metric)
 
     steps = train.num_batches(args.batch_size)
     draw = common.draw_probabilities(space.configs, args.draw, space.macs)
@@ -81,9 +84,7 @@ def main(argv: list[str] | None = None) -> None:
                 "val_accuracy": torch.stack(glances).mean().item(), "lr": lr,
                 "seconds": seconds, "images_per_second": len(train) / seconds}
         if args.rank_every and (epoch + 1) % args.rank_every == 0:
-            accuracies = common.evaluate_configs(
-                network, space.configs, validation.evaluation_batches(args.batch_size), args.amp)
-            ranking = dict(zip(space.configs, accuracies.tolist()))
+            ranking = dict(zip(space.configs, evaluate().tolist()))
             line["ranking"] = {config_name(config): value for config, value in ranking.items()}
             if truth:
                 line |= common.rank_metrics(ranking, truth)
@@ -93,8 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         common.show_epoch(bar, log, args.epochs)
     bar.close()
 
-    accuracies = common.evaluate_configs(
-        network, space.configs, validation.evaluation_batches(args.batch_size), args.amp)
+    accuracies = evaluate()
     common.save(run.folder / "supernets.pt", [common.cpu_weights(network)])
     common.save_ranking(run, space, accuracies, [0] * len(accuracies), counts, validation)
     common.report_search(run, truth)

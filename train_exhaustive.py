@@ -39,8 +39,7 @@ def tau_between_seeds(rows: list[dict]) -> float | None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.make_parser(__doc__, search=False)
-    parser.add_argument("--configs", nargs="+", metavar="N,N,N",
-                        help="only these pooling configurations; None: all")
+    common.add_space(parser.add_argument)
     parser.add_argument("--seeds", type=number(int, 1, 1000), default=1, metavar="N",
                         help="networks a configuration, seeds --seed, --seed + 1, ...")
     args = common.fill_defaults(parser.parse_args(argv), search=False)
@@ -49,12 +48,11 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     args.device = common.choose_device(args.device)
-    args.kernel = common.choose_kernel(args.kernel, args.device)
     common.keep_freed_memory()
 
     train, test = data = common.load_dataset(args)
     space = common.search_space(args, train)
-    run = Run("exhaustive", args, data, extensible={"configs"})
+    run = Run("exhaustive", args, data, extensible={"configs", "max_macs"})
     print(f"{len(space.configs)} configurations x {args.seeds} seeds x {args.epochs} epochs:",
           common.describe(args, train, test, run.folder), flush=True)
 
@@ -80,7 +78,9 @@ def main(argv: list[str] | None = None) -> None:
     common.save(run.folder / "result.json", run.record | {
         "kendall_tau_between_seeds": tau, "std_between_configs": between_configs,
         "std_between_seeds": between_seeds, "ranking": ranking})
-    common.plot_results(run.folder / "ranking.png", accuracies, "test accuracy", space.default)
+    costs = {config: space.macs[config] / space.macs[space.default] for config in space.macs}
+    common.plot_results(run.folder / "ranking.png", accuracies, "test accuracy", costs,
+                        space.default)
 
     print("\nrank  configuration  test accuracy     std  seeds")
     for place, entry in enumerate(ranking, 1):

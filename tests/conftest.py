@@ -94,5 +94,5 @@ def small_images():
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (400, 16, 16, 3), dtype=np.uint8))
     return common.Images(images, torch.arange(400) * 3 // 400, torch.arange(400),
-                         torch.full((3,), 120.0), torch.full((3,), 60.0), num_classes=3, flip=True,
-                         crop="pad", device="cpu")
+                         torch.full((3,), 120.0), torch.full((3,), 60.0), classes=list("abc"),
+                         flip=True, crop="pad", device="cpu")

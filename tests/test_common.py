@@ -130,7 +130,7 @@ def test_random_streams_are_independent():
 
 def test_digits_are_resampled_and_cut(digits):
     train, test = digits
-    assert (len(train), len(test), train.num_classes, train.flip) == (1438, 359, 10, False)
+    assert (len(train), len(test), len(train.classes), train.flip) == (1438, 359, 10, False)
     pixels = train.images.double()
     assert torch.allclose(train.mean.double(), pixels.mean((0, 1, 2)), atol=1e-4)
     assert torch.allclose(train.std.double(), pixels.std((0, 1, 2)), atol=1e-4)
@@ -219,41 +219,6 @@ def test_impossible_download_says_where_the_files_go(name, tmp_path, monkeypatch
         monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", fail)
     with pytest.raises(common.UserError, match=f"no route to host.*files into {tmp_path}"):
         common.load_dataset(arguments("--dataset", name, "--data-dir", str(tmp_path)))
-
-
-def write_folder(folder, classes=("cat", "dog")):
-    """Three images of a class, of value 50 * class + i in the centre square, black beside it."""
-    for part in ("train", "test"):
-        for label, name in enumerate(classes):
-            (folder / part / name).mkdir(parents=True, exist_ok=True)
-            for i in range(3):
-                pixels = np.zeros((40, 60, 3), np.uint8)
-                pixels[:, 10:50] = 50 * label + i
-                Image.fromarray(pixels).save(folder / part / name / f"{i}.bmp")
-
-
-def test_image_folders_are_read_cached_and_read_again_when_they_change(tmp_path, monkeypatch):
-    write_folder(tmp_path / "pets")
-    (tmp_path / "pets/train").rename(tmp_path / "elsewhere")
-    (tmp_path / "pets/train").symlink_to(tmp_path / "elsewhere")
-    argv = ("--dataset", str(tmp_path / "pets"), "--image-size", "16", "--data-dir", str(tmp_path))
-    train, _ = common.load_dataset(arguments(*argv))
-    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    expected = torch.tensor([0, 1, 2, 50, 51, 52], dtype=torch.uint8)
-    assert torch.equal(train.images, expected.view(6, 1, 1, 1).expand(6, 16, 16, 3))
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "write_cache", None)
-        again, _ = common.load_dataset(arguments(*argv))
-    assert torch.equal(again.images, train.images)
-    Image.new("RGB", (60, 40), (9, 9, 9)).save(tmp_path / "elsewhere/cat/1.bmp")
-    changed, _ = common.load_dataset(arguments(*argv))
-    assert changed.images[:, 0, 0, 0].tolist() == [0, 9, 2, 50, 51, 52]
-    (tmp_path / "pets/test/cat/2.bmp").write_bytes(b"no image")
-    with pytest.raises(common.UserError, match="cannot read .*pets/test/cat/2.bmp"):
-        common.load_dataset(arguments(*argv))
-    (tmp_path / "pets/test/cat").rename(tmp_path / "pets/test/wolf")
-    with pytest.raises(common.UserError, match="same two or more classes: test/ holds dog, wolf"):
-        common.load_dataset(arguments(*argv))
 
 
 def write_cache(cache, **arrays):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import arguments, make_learner
+from sklearn.metrics import balanced_accuracy_score
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import models
 
@@ -54,6 +55,9 @@ def test_search_spaces_of_other_sizes(digits):
     assert chosen.configs == [(5, 3, 2), (1, 1, 8)]
     assert chosen.configs == [(5, 3, 2), (1, 1, 8)]
     assert (4, 3, 3) in chosen.macs
+    cheap = space("--max-macs", "1")
+    assert cheap.configs == [c for c in CONFIGS if cheap.macs[c] <= cheap.macs[4, 3, 3]]
+    assert (4, 3, 3) in cheap.configs and len(cheap.configs) < 36
 
 
 def check_equal(ours, theirs, config, size):
@@ -152,6 +156,17 @@ def test_tree_evaluation_equals_separate_passes_exactly(monkeypatch):
         assert accuracy == hits.sum().item() / 80
         for logits in separate[config]:
             assert any(torch.equal(logits, other) for other in shared)
+
+
+def test_balanced_accuracy_is_scikit_learns(small_images):
+    images = small_images.subset(torch.arange(0, 250))  # 134, 116 and no images of three classes
+    network = make_learner(images).network
+    batches = list(images.evaluation_batches(64))
+    accuracies = common.evaluate_configs(network, CONFIGS[:3], batches, metric="balanced")
+    labels = torch.cat([labels for _, labels in batches])
+    for config, accuracy in zip(CONFIGS, accuracies.tolist()):
+        logits = torch.cat([network(images, config) for images, _ in batches])
+        assert accuracy == pytest.approx(balanced_accuracy_score(labels, logits.argmax(1)))
 
 
 def test_tree_evaluation_halves_the_work():

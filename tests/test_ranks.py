@@ -114,6 +114,27 @@ def test_many_processes_where_there_can_be_none_are_refused(stage, message, tmp_
     check_error(run(tmp_path, stage, *FEW), 2, message)
 
 
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_rank_that_waits_says_so_and_can_be_ended(end, tmp_path):
+    """RANK and WORLD_SIZE are left over, of a cluster's job, say."""
+    left_over = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen([sys.executable, "-B", ROOT / "search_mixture.py", *FEW], cwd=tmp_path,
+                          env=os.environ | left_over, stderr=subprocess.PIPE, text=True) as job:
+        signal.signal(signal.SIGINT, before)
+        assert "rank 0 waits for 1 others at 127.0.0.1" in job.stderr.readline()
+        job.send_signal(end)
+        assert job.wait(timeout=20) == -end
+
+
+def test_a_rank_alone_is_no_rank():
+    code = "import common; print(common.rank, common.world)"
+    for left_over in ({"RANK": ""}, {"RANK": "3"}, {"RANK": "3", "WORLD_SIZE": "1"}):
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True,
+                              env=os.environ | left_over, capture_output=True)
+        assert done.stdout == "0 1\n"
+
+
 def test_ranks_share_gpus_in_turn(monkeypatch):
     monkeypatch.setattr(common, "world", 8)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)

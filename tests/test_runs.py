@@ -1,29 +1,42 @@
 """The four stages from start to end: what they promise, survive and refuse. Most runs happen in
 this process, which saves the seconds of a start."""
 import argparse
+import ast
 import contextlib
 import csv
+import importlib
 import io
+import itertools
 import json
 import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, contents, shell
+from PIL import Image
 
 import common
 import retrain
 import search_mixture
 import search_single
 import train_exhaustive
+
+README = (ROOT / "README.md").read_text()
+
+
+def unbuildable():
+    raise RuntimeError("no compiler")
+
 
 STAGES = {stage.__name__: stage
           for stage in (train_exhaustive, search_single, search_mixture, retrain)}
@@ -120,7 +133,7 @@ def test_searches_write_what_they_promise_and_all_to_redo_it(kind, supernets, fi
         assert (path / "assignment.png").stat().st_size > 10_000
     assert (path / "ranking.png").stat().st_size > 10_000
     for words in (f"pick: {result['pick']}", "epoch 4  ", "against the ground truth: kendall_tau",
-                  f"next: python retrain.py --from runs/{kind}-digits"):
+                  f"next: python {ROOT}/retrain.py --from runs/{kind}-digits"):
         assert words in finished[1][f"search_{kind}"]
 
     # all that it takes to rank again
@@ -142,6 +155,82 @@ def test_a_finished_search_is_shown_again_and_other_settings_are_refused(finishe
     outcome = run(folder, "search_mixture", *COMMANDS["search_mixture"], "--num-supernets", "2")
     check_error(outcome, 2, "other settings (num_supernets 3 there, 2 now)")
     assert (folder / "runs/mixture-digits/result.json").read_bytes() == before
+
+
+def test_a_stopped_run_goes_on_where_it_was_moved_with_its_kernels_if_they_can_be_had(
+        tmp_path, monkeypatch):
+    """Folder and images have moved; then the kernels cannot be built any more."""
+    folder = tmp_path / "one/my pets"
+    for part, name, i in itertools.product(("train", "test"), ("cat", "dog"), range(16)):
+        (folder / part / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (i, 9 * i, 99)).save(folder / part / name / f"{i}.png")
+    argv = ("--image-size", "8", "--width", "0.25", "--epochs", "3", "--batch-size", "8",
+            "--threads", "1", "--configs", *CONFIGS, "--num-supernets", "1")
+
+    def write_log(folder, log, real=common.write_log):
+        real(folder, log)
+        if len(log) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "write_log", write_log)
+        assert run(tmp_path / "one", "search_mixture", "--dataset", "my pets", *argv)[0] == 130
+    assert common.load(tmp_path / "one/runs/mixture-my pets/config.json")["settings"]["kernel"] \
+        == "fused"
+    monkeypatch.setattr("kernels.load", unbuildable)
+    (tmp_path / "one").rename(tmp_path / "two")
+    (tmp_path / "two/my pets").rename(tmp_path / "two/pets")
+    code, out, err = run(tmp_path / "two", "search_mixture", "--dataset", "pets", "--out",
+                         "runs/mixture-my pets", *argv)
+    assert code == 0 and "epochs 2 to 3 of" in out
+    assert err == "warning: no fused kernels: no compiler; goes on with native ops, to other bits\n"
+    command = re.search("next: python (.*)", out)[1]
+    assert run(tmp_path / "two", "retrain", *shlex.split(command)[1:], "--epochs", "1", "--seeds",
+               "1", *NATIVE, "--batch-size", "8")[0] == 0
+    outcome = run(tmp_path, "retrain", "--from", "two/runs/mixture-my pets")
+    check_error(outcome, 2, "is not at pets any more: say where it is with --dataset")
+
+
+def test_a_cell_is_interrupted_and_run_again_and_one_runs_in_a_thread(tmp_path, monkeypatch):
+    """As in a notebook: the traceback keeps the first one's objects alive."""
+    def stop(folder, log):
+        raise KeyboardInterrupt
+    argv = [*FEW, "--epochs", "1", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as kept:
+        patch.setattr(common, "write_log", stop)
+        search_mixture.main(argv)
+    thread = threading.Thread(target=search_mixture.main, args=(argv,))
+    thread.start()
+    thread.join()
+    assert kept.value and (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("metric, accuracies, chance, warning", [
+    ("accuracy", [0.95, 0.7, 0.9, 0.8], 0.95, "warning: the best is no better than the same answer"),
+    ("accuracy", [0.96, 0.7, 0.9, 0.96], 0.95, "warning: 2 configurations share the best accuracy"),
+    ("balanced", [0.7, 0.8, 0.9, 0.8], 0.5, "pick: 5,3,2; that costs no more")])
+def test_picks_and_what_is_none(metric, accuracies, chance, warning, small_images, tmp_path,
+                                capsys):
+    space = common.search_space(argparse.Namespace(
+        arch="resnet20", num_resolutions=None, width=1.0, downsample=None, configs=CONFIGS,
+        max_macs=None), small_images)
+    validation = common.replace(small_images, classes=["a", "b"],
+                                labels=(torch.arange(400) >= 380).long())
+    record = {"settings": {"metric": metric, "arch": "resnet20"}}
+    search = argparse.Namespace(folder=tmp_path, record=record)
+    common.save_ranking(search, space, torch.tensor(accuracies), [0] * 4,
+                        torch.zeros(4, 1, dtype=torch.int64), validation)
+    common.report_search(search, None)
+    lines = capsys.readouterr().out.splitlines()
+    place = lines.index("cost: multiply-adds, the default's are 1") + 1
+    assert lines[place].startswith(warning)
+    result = common.load(tmp_path / "result.json")
+    best = [(1, 1, 8), (5, 3, 2)][metric == "balanced"]
+    assert (result["pick"], result["pick_at_no_cost"]) == (
+        common.config_name(best), "4,3,3" if metric == "balanced" else "1,1,8")
+    assert result["chance"] == pytest.approx(chance)
+    costs = {entry["config"]: round(entry["cost"], 2) for entry in result["ranking"]}
+    assert costs == {"1,1,8": 0.46, "4,3,3": 1, "5,3,2": 1.54, "8,1,1": 3.66}
 
 
 def test_retrain_takes_the_pick_and_its_settings(finished):
@@ -194,6 +283,37 @@ def test_paired_comparison_by_hand():
     assert p == pytest.approx(1 - t / math.sqrt(2 + t * t))  # Student's, in closed form
     assert retrain.paired_comparison([0.9], [0.8])[1:] == (None, None)
     assert retrain.paired_comparison([0.9, 0.8], [0.8, 0.7])[1:] == (None, None)  # no spread
+
+
+def test_the_trained_network_is_used_and_exported_as_the_readme_says(finished, tmp_path,
+                                                                     monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, = finished[0].glob("retrain/runs/*/networks/4,3,3-1.pt")
+    args = argparse.Namespace(**common.load(path.parent.parent / "config.json")["settings"])
+    _, test = common.load_dataset(args)
+    pictures = [Image.fromarray(image) for image in test.images.numpy()]
+    pictures[0].save("picture.jpg", "PNG")
+    code, = re.findall(r"```python\n(import torch\nimport common.*?)```",
+                       README, re.DOTALL)
+    code = re.sub('"runs/.*?"', repr(str(path)), code)
+    if not importlib.util.find_spec("onnxscript"):
+        code = code.replace("torch.onnx", "# torch.onnx")
+    common.choose_kernel("fused", "cpu")  # it is not to be in what is exported
+    names = {}
+    exec(code, names)
+    network = names["network"]
+    assert torch.equal(names["picture"], test.batch(torch.tensor([0]))[0])
+    exported = torch.export.load("network.pt2").module()
+    assert "pool_conv" not in exported.code
+    assert torch.allclose(exported(names["picture"]), network(names["picture"]), atol=1e-4)
+
+    # on the images that it was tested on, file by file, it is right as often as it was
+    hits = 0
+    for picture, label in zip(pictures, test.labels):
+        picture.save("picture.png")
+        hits += network(common.load_picture("picture.png", names["about"])).argmax() == label
+    expected = common.load(path.with_suffix(".json"))["test_accuracy"]
+    assert abs(hits / len(test) - expected) < 1.5 / len(test)  # a tie may be rounded otherwise
 
 
 def test_without_balance_nothing_holds_the_marginal(finished, tmp_path):
@@ -337,7 +457,9 @@ def test_a_weight_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stage, argv, message", [
     ("search_mixture", "--dataset cifar11", "unknown data set 'cifar11'"),
-    ("search_mixture", "--dataset cifar10 --data-dir file", "cannot write the cache"),
+    ("search_mixture", "--dataset cifar10 --cache-dir file", "no cache can be written"),
+    ("search_mixture", "--max-macs 0.3", "--max-macs 0.3: none costs less than 0.4"),
+    ("search_mixture", "--test-fraction 0.2", "digits has a test set of its own"),
     ("search_mixture", "--image-size 4", "must be from 8 to 1024"),
     ("search_mixture", "--num-train 12", "cannot split"),
     ("search_mixture", "--num-resolutions 6 --image-size 8", "too small for 6 resolutions"),
@@ -373,28 +495,68 @@ def test_mistakes_end_with_one_line_and_leave_everything(stage, argv, message, t
 # ------------------------------------------------------------------------- files of one's own
 
 def run_alone(folder, modules, script, *argv):
-    """Run a script in a folder with these modules of the project and nothing else."""
+    """Run a script in a folder with these modules of the project and nothing else; its output."""
     for name in modules:
         shutil.copy(ROOT / f"{name}.py", folder)
     files = set(folder.iterdir())
-    done = shell(script, *SMALL, "--threads", "1", "--epochs", "1", *argv, cwd=folder, root=folder)
+    done = shell(script, "--threads", "1", "--epochs", "1", *argv, cwd=folder, root=folder)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch("warning: No module named 'kernels'.*\n", done.stderr)
     assert set(folder.iterdir()) == files | {folder / "runs"}
+    return done.stdout
 
 
 @pytest.mark.parametrize("stage, argv", [("train_exhaustive", ("--configs", "4,3,3")),
                                          ("search_single", ("--configs", "4,3,3")),
                                          ("retrain", ("--config", "4,3,3", "--seeds", "1"))])
 def test_a_stage_needs_common_py_and_nothing_else(stage, argv, tmp_path):
-    run_alone(tmp_path, ["common", stage], f"{stage}.py", *argv)
+    run_alone(tmp_path, ["common", stage], f"{stage}.py", *SMALL, *argv)
 
 
-def test_the_network_of_the_readme_is_searched(tmp_path):
-    """The stage that it imports, search_mixture.py, needs common.py and nothing else, too."""
-    readme = (ROOT / "README.md").read_text()
-    code, = re.findall(r"```python\n(# my_search.py.*?)```", readme, re.DOTALL)
+def test_the_network_of_the_readme_is_searched_and_retrained(tmp_path, monkeypatch):
+    """What the search prints is run. The stages that are imported need no other file, too."""
+    code, = re.findall(r"```python\n(# my_search.py.*?)```", README, re.DOTALL)
     (tmp_path / "my_search.py").write_text(code)
-    run_alone(tmp_path, ["common", "search_mixture"], "my_search.py", "--arch", "vgg")
+    modules = ["common", "search_mixture", "retrain"]
+    out = run_alone(tmp_path, modules, "my_search.py", *SMALL, "--arch", "vgg")
     result = common.load(tmp_path / "runs/mixture-digits/result.json")
     assert len(result["ranking"]) == math.comb(7, 2)
+    script, *argv = shlex.split(re.search("next: python (.*)", out)[1])
+    assert script == str(tmp_path / "my_search.py")
+    out = run_alone(tmp_path, [], "my_search.py", *argv, "--seeds", "1", "--batch-size", "32")
+    assert "the trained network, for common.load_network: runs/retrain-digits/networks/" in out
+
+
+PIECES = {
+    "enumerate_configs": "assert len(enumerate_configs(10, 3)) == 36",
+    "draw_pad_crops": "images = torch.zeros(4, 16, 16, 3, dtype=torch.uint8)\n"
+                      "drawn = draw_pad_crops(4, 16, True, torch.Generator())\n"
+                      "assert pad_crop(images, drawn).shape == images.shape",
+    "autocast": "class Net:\n    layers, downsample = [lambda x, d: x], 'maxpool'\n"
+                "    downsampling = head = lambda self, x: [*x] if isinstance(x, tuple) else x\n"
+                "batch = torch.eye(3), torch.tensor([0, 1, 1])\n"
+                "assert evaluate_configs(Net(), [('none',)], [batch]).item() == 2 / 3",
+    "replacing": "from pathlib import Path\n"
+                 "with replacing(Path('a.txt')) as path:\n    path.write_text('whole')\n"
+                 "assert Path('a.txt').read_text() == 'whole'",
+    "balance": "p = balance(torch.rand(9, 3).double(), 5.0, 1e-6, torch.ones(9) / 9)\n"
+               "assert torch.allclose(p.mean(0), torch.tensor(1 / 3).double(), atol=1e-2)",
+    "batch_norm": "block = BasicBlock(16, 32, supernet=False)\n"
+                  "assert block(torch.zeros(2, 16, 8, 8), 'stride').shape == (2, 32, 4, 4)\n"
+                  "Stem(16, supernet=True)",
+}
+
+
+@pytest.mark.parametrize("row", [line.split("|")[1:-1] for line in README.splitlines()
+                                 if line.startswith("| `") and ".py` |" in line])
+def test_the_pieces_of_the_readme_need_what_it_says(row, tmp_path):
+    names, (file,), lines = (re.findall("`(.*?)`", cell) for cell in row)
+    source = (ROOT / file).read_text()
+    nodes = {getattr(node, "name", None): node for node in ast.parse(source).body}
+    parts = ["from __future__ import annotations", *lines]
+    for name in names:
+        first = min([nodes[name], *nodes[name].decorator_list], key=lambda node: node.lineno)
+        parts.append("\n".join(source.splitlines()[first.lineno - 1:nodes[name].end_lineno]))
+    script = tmp_path / "piece.py"
+    script.write_text("\n\n".join([*parts, PIECES[names[0]]]))
+    subprocess.run([sys.executable, "-I", script], cwd=tmp_path, check=True)
