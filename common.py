@@ -188,7 +188,7 @@ def make_parser(description: str, search: bool) -> Parser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda (ranks take the GPUs in turn), cuda:1")
     add("--kernel", choices=["auto", "fused", "native"], default="auto",
-        help="of the layers; auto: fused (kernels/) on a CPU, native ops on a GPU")
+        help="of the layers: kernels/, or torch's native ops; auto: measured as a run starts")
     add("--amp", choices=["off", "bf16", "fp16"], default="off",
         help="autocast of the network; scores and statistics stay in full precision")
     add("--threads", type=number(int, 1, 1024), default=torch.get_num_threads(),
@@ -916,31 +916,70 @@ def draw_configs(probabilities: torch.Tensor, count: int, rng: torch.Generator) 
 
 # --------------------------------------------------------------------------------- networks
 
-kernels = None  # the module kernels/, where `choose_kernel` chose it
+kernels = None  # the module kernels/, where `use_kernel` chose it
 
 
-def choose_kernel(kernel: str, device: str) -> str:
-    """Let the networks use the kernels that --kernel asks for; "fused" or "native", what it is now.
-
-    auto: fused on a CPU; native on a GPU, where nobody has measured it. UserError if it must be
-    fused and cannot be built; with auto that is a warning.
-    """
+def use_kernel(kernel: str) -> None:
+    """Let the networks use "fused" kernels, built if need be, or "native" ops. UserError if the
+    former cannot be had."""
     global kernels
     kernels = None
-    if kernel == "native" or (kernel == "auto" and torch.device(device).type != "cpu"):
-        return "native"
-    try:
-        import kernels as module
-        if Path(module.__file__).parent != Path(__file__).parent / "kernels":
-            raise ImportError(f"{module.__file__} is another package of the name kernels")
-        module.load()
-    except (ImportError, RuntimeError) as error:  # BuildError is a RuntimeError
-        if kernel == "fused":
+    if kernel == "fused":
+        try:
+            import kernels as module
+            if Path(module.__file__).parent != Path(__file__).parent / "kernels":
+                raise ImportError(f"{module.__file__} is another package of the name kernels")
+            module.load()
+        except (ImportError, RuntimeError) as error:  # BuildError is a RuntimeError
             raise UserError(f"no fused kernels: {error}") from error
+        kernels = module
+
+
+# How far the fused kernels' outputs and gradients may be from native ops', relatively. A ReLU that
+# tips over by a rounding moves gradients much: native ops' were 0.013 from float64's (resnet20,
+# 64 digits; with fp16 0.17, bf16 0.30), the fused kernels' 0.002.
+AGREEMENT = {"off": (1e-4, 0.05), "fp16": (5e-3, 0.5), "bf16": (5e-2, 0.5)}
+
+
+def measure_kernels(args: argparse.Namespace, space: Space, images: Images) -> str:
+    """--kernel auto: "fused" or "native", whichever is faster in training steps of this network
+    with its default and its dearest configuration; native, too, where fused kernels cannot be
+    built or compute something else, which is a warning."""
+    try:
+        use_kernel("fused")
+    except UserError as error:
         print(f"warning: {error}; native ops are used, slower", file=sys.stderr)
         return "native"
-    kernels = module
-    return "fused"
+    learner = Learner(make_network(args, images, supernet=True), args)
+    rows = torch.arange(min(args.batch_size, len(images)), device=images.rows.device)
+    batch = images.batch(rows)
+    seconds = dict.fromkeys(("native", "fused"), math.inf)
+    results = {}
+    try:
+        for kernel in 2 * [*seconds]:  # the first time everything is slower
+            use_kernel(kernel)
+            start = time.perf_counter()
+            for config in (space.default, max(space.configs, key=space.macs.get)):
+                learner.optimizer.zero_grad()
+                logits, loss = learner.loss(*batch, config)
+                loss.backward()
+                gradients = [p.grad.flatten() for p in learner.network.parameters()]
+                results[kernel, config] = logits.detach().cpu(), torch.cat(gradients).cpu()
+            seconds[kernel] = min(seconds[kernel], time.perf_counter() - start)
+        for (kernel, config), expected in results.items():
+            for fused, native, limit in zip(results["fused", config], expected,
+                                            AGREEMENT[args.amp]):
+                error = (fused.double() - native).norm() / native.double().norm()
+                if not error <= limit:
+                    raise RuntimeError(f"outputs or gradients are off by {error:.1g}")
+    except RuntimeError as error:  # also CUDA's
+        print(f"warning: native ops are used, the fused kernels do not work here ({error}): please "
+              "report this, with the output of python kernels/benchmark.py", file=sys.stderr)
+        return "native"
+    fastest = min(seconds, key=seconds.get)
+    print(f"a training step: {500 * seconds['fused']:.0f} ms with fused kernels, "
+          f"{500 * seconds['native']:.0f} ms with native ops: {fastest}", flush=True)
+    return fastest
 
 
 def fused() -> bool:
@@ -950,12 +989,14 @@ def fused() -> bool:
 
 
 def strided(conv: nn.Conv2d, x: torch.Tensor, downsample: str) -> torch.Tensor:
-    """conv(x), with stride 2 in this call if `downsample` is "stride": the module itself is called,
-    whatever it has become, so that hooks see it."""
+    """conv(x), with twice its stride in this call if `downsample` is "stride": whatever the module
+    has become, it is called, so that hooks see it."""
+    if fused():
+        return kernels.pool_conv(x, conv, "stride" if downsample == "stride" else "none")[0]
     if downsample != "stride":
         return conv(x)
     stride = conv.stride
-    conv.stride = (2, 2)
+    conv.stride = tuple(2 * step for step in stride)
     try:
         return conv(x)
     finally:
@@ -1245,14 +1286,19 @@ class Learner:
              lr: float) -> torch.Tensor:
         """One SGD step; loss and accuracy of the batch, float64 (2,), left on the device."""
         self.optimizer.param_groups[0]["lr"] = lr
-        with autocast(images.device, self.amp):
-            logits = self.network(images, config)
-            loss = F.cross_entropy(logits, labels)
+        logits, loss = self.loss(images, labels, config)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return torch.stack([loss.detach().double(), accuracy(logits, labels)])
+
+    def loss(self, images: torch.Tensor, labels: torch.Tensor,
+             config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and their cross entropy."""
+        with autocast(images.device, self.amp):
+            logits = self.network(images, config)
+            return logits, F.cross_entropy(logits, labels)
 
     @torch.inference_mode()
     def check(self, images: torch.Tensor, labels: torch.Tensor, config: Config) -> torch.Tensor:
@@ -1464,7 +1510,7 @@ class Run:
     """
 
     def __init__(self, stage: str, args: argparse.Namespace, data: tuple[Images, Images],
-                 extensible: set[str] = set()):
+                 space: Space, extensible: set[str] = set()):
         self.folder = Path(args.out or f"runs/{stage}-{Path(args.dataset).resolve().stem}")
         settings = {"stage": stage, "data": fingerprint(data)}
         config = self.folder / "config.json"
@@ -1475,13 +1521,18 @@ class Run:
                 args.kernel = before.get("kernel", "auto")
             refuse_other_settings(before, settings | vars(args), NOT_COMPARED | extensible,
                                   self.folder)
+        if args.kernel == "auto":
+            choice = [measure_kernels(args, space, data[0]) if rank == 0 else ""]
+            if world > 1:
+                dist.broadcast_object_list(choice)
+            args.kernel, = choice
         try:
-            args.kernel = choose_kernel(args.kernel, args.device)
+            use_kernel(args.kernel)
         except UserError as error:
             if asked == "fused":
                 raise
             print(f"warning: {error}; goes on with native ops, to other bits", file=sys.stderr)
-            args.kernel = choose_kernel("native", args.device)
+            args.kernel = "native"
         self.record = {"settings": settings | vars(args)} | environment(args)
         if rank == 0:
             try:

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     pick = common.parse_config(args.config, space.default)
     configs = list(dict.fromkeys([pick, space.default]))
     seeds = range(args.seed, args.seed + args.seeds)
-    run = Run("retrain", args, data)
+    run = Run("retrain", args, data, space)
     print(f"{len(configs)} configurations x {args.seeds} seeds x {args.epochs} epochs:",
           common.describe(args, train, test, run.folder), flush=True)
     pairs = [(config, seed) for seed in seeds for config in configs]

@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
                         "number of processes that divides it")
     train, validation = common.split_for_search(data[0], args)
     truth = common.read_ground_truth(args.ground_truth, configs)
-    run = Run("mixture", args, data)
+    run = Run("mixture", args, data, space)
     if (run.folder / "result.json").exists():
         return common.report_search(run, truth)
 

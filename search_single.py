@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     space = common.search_space(args, data[0])
     train, validation = common.split_for_search(data[0], args)
     truth = common.read_ground_truth(args.ground_truth, space.configs)
-    run = Run("single", args, data)
+    run = Run("single", args, data, space)
     if (run.folder / "result.json").exists():
         return common.report_search(run, truth)
 

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
 
     train, test = data = common.load_dataset(args)
     space = common.search_space(args, train)
-    run = Run("exhaustive", args, data, extensible={"configs", "max_macs"})
+    run = Run("exhaustive", args, data, space, extensible={"configs", "max_macs"})
     print(f"{len(space.configs)} configurations x {args.seeds} seeds x {args.epochs} epochs:",
           common.describe(args, train, test, run.folder), flush=True)
 

@@ -161,7 +161,7 @@ def measure_step(clock: Clock, args: argparse.Namespace, config: tuple[int, ...]
     labels = torch.randint(10, (args.batch,), device=args.device)
 
     def step(kernel: str) -> None:
-        common.choose_kernel(kernel, args.device)
+        common.use_kernel(kernel)
         F.cross_entropy(network(images, config), labels).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -2,7 +2,9 @@
 import copy
 import itertools
 import math
+import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +158,39 @@ def test_tree_evaluation_equals_separate_passes_exactly(monkeypatch):
         assert accuracy == hits.sum().item() / 80
         for logits in separate[config]:
             assert any(torch.equal(logits, other) for other in shared)
+
+
+@pytest.mark.parametrize("slow, factor, chosen, message", [
+    ("native", 1.0, "fused", "ms with native ops: fused"),
+    ("fused", 1.0, "native", "ms with native ops: native"),
+    ("native", 1.001, "native", "do not work here (outputs or gradients are off by 0.0"),
+    ("native", None, "native", "do not work here (CUDA error)")])
+def test_kernels_are_measured_and_must_agree(slow, factor, chosen, message, digits, monkeypatch,
+                                             capsys):
+    """With kernels that are native ops but for a factor, and one side that sleeps."""
+    def stem(x, conv, norm):
+        if factor is None:
+            raise RuntimeError("CUDA error")
+        return factor * norm(conv(x)).relu()
+
+    def basic_block(x, conv1, norm1, conv2, norm2, shortcut, downsample):
+        x = nn.functional.max_pool2d(x, 2) if downsample == "maxpool" else x
+        return (norm2(conv2(norm1(conv1(x)).relu())) + shortcut(x)).relu()
+
+    def use_kernel(kernel):
+        fake = SimpleNamespace(stem=stem, basic_block=basic_block)
+        monkeypatch.setattr(common, "kernels", fake if kernel == "fused" else None)
+
+    def head(network, x, real=common.ResNet.head):
+        time.sleep(0.3 * (slow == ("fused" if common.kernels else "native")))
+        return real(network, x)
+
+    monkeypatch.setattr(common, "use_kernel", use_kernel)
+    monkeypatch.setattr(common.ResNet, "head", head)
+    args = arguments("--width", "0.25", "--batch-size", "8")
+    space = common.search_space(args, digits[0])
+    assert common.measure_kernels(args, space, digits[0]) == chosen
+    assert message in "".join(capsys.readouterr())
 
 
 def test_balanced_accuracy_is_scikit_learns(small_images):
