@@ -69,10 +69,15 @@ def native_pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
     return F.conv2d(pooled, weight, stride=stride, padding=1), pooled
 
 
-def check_arguments(x: torch.Tensor, weight: torch.Tensor, downsample: str) -> None:
-    """TypeError or ValueError for what `pool_conv2d` does not take: the kernels check nothing."""
+def check_mode(downsample: str) -> None:
+    """ValueError if there is no such mode."""
     if downsample not in MODES:
         raise ValueError(f"downsample {downsample!r}: none, maxpool or stride")
+
+
+def check_arguments(x: torch.Tensor, weight: torch.Tensor, downsample: str) -> None:
+    """TypeError or ValueError for what `pool_conv2d` does not take."""
+    check_mode(downsample)
     for name, tensor in (("x", x), ("weight", weight)):
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor")

@@ -56,16 +56,53 @@ Tensor rows(int64_t count, int64_t channels, const Tensor& like) {
 // Null for a tensor that is not there
 template <typename T = float>
 const T* data(const MaybeTensor& x) { return x ? x->const_data_ptr<T>() : nullptr; }
-MaybeTensor nhwc(const MaybeTensor& x) { return x ? MaybeTensor(nhwc(*x)) : x; }
+
+// The arguments of an operator beside its image x. Every tensor goes through `take`: it is on the
+// device of x, has its type and shape, and lies as the kernels read it, images NHWC, all else
+// contiguous. What autograd saved may come back in another memory format, and a view may begin
+// anywhere: the kernels read four floats at a time where the channels are a multiple of four.
+struct Arguments {
+  const Tensor& x;
+
+  MaybeTensor image(const char* name, const MaybeTensor& t, at::IntArrayRef sizes) const {
+    return take(name, t, sizes, x.scalar_type(), at::MemoryFormat::ChannelsLast);
+  }
+  MaybeTensor weight(const Tensor& t) const {
+    return take("weight", t, {t.size(0), x.size(1), 3, 3}, x.scalar_type());
+  }
+  MaybeTensor floats(const char* name, const MaybeTensor& t, at::IntArrayRef sizes) const {
+    return take(name, t, sizes, at::kFloat);
+  }
+  // argmax, where x is the max-pool of an image of height x width
+  MaybeTensor index(const MaybeTensor& t, int64_t mode, int64_t height, int64_t width) const {
+    if (mode != MAXPOOL) return {};
+    TORCH_CHECK_VALUE(t && x.size(2) == height / 2 && x.size(3) == width / 2,
+                      "x is not the max-pool of ", height, "x", width, " that has an argmax");
+    return take("argmax", t, x.sizes(), t->scalar_type(), at::MemoryFormat::ChannelsLast);
+  }
+
+ private:
+  MaybeTensor take(const char* name, const MaybeTensor& t, at::IntArrayRef sizes,
+                   at::ScalarType type,
+                   at::MemoryFormat format = at::MemoryFormat::Contiguous) const {
+    if (!t) return t;
+    TORCH_CHECK_VALUE(t->device() == x.device(), name, " is on ", t->device(), ", not on ",
+                      x.device());
+    TORCH_CHECK_TYPE(t->scalar_type() == type, name, " is ", t->scalar_type(), ", not ", type);
+    TORCH_CHECK_VALUE(t->sizes() == sizes, name, " has shape ", t->sizes(), ", not ", sizes);
+    const Tensor laid = t->contiguous(format);
+    const bool aligned = reinterpret_cast<uintptr_t>(laid.const_data_ptr()) % 16 == 0;
+    return aligned ? laid : laid.clone(format);
+  }
+};
 
 // relu(normalised x), its max-pool or x, convolved: (y, rows of y's normalisation, pooled, argmax),
 // empty what was not asked for
 using Normalised = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Normalised norm_conv_cpu(
-    const Tensor& x_, const MaybeTensor& norm, const Tensor& weight, const MaybeTensor& gamma,
+    const Tensor& x, const MaybeTensor& norm, const Tensor& weight, const MaybeTensor& gamma,
     const MaybeTensor& beta, double eps, int64_t mode, bool normalise) {
   const bool pool = mode == MAXPOOL;
-  const Tensor x = nhwc(x_);
   auto [pooled, argmax] = empty_pooled(x, mode);
   Input in{x.const_data_ptr<float>(), data(norm)};
   if (pool) {
@@ -76,7 +113,7 @@ Normalised norm_conv_cpu(
   const Shape s = shape(pool ? pooled : x, weight);
   Tensor y = empty_nhwc({s.batch, s.c_out, s.height, s.width}, x);
   Tensor norm_y = rows(normalise ? NORM_ROWS : 0, s.c_out, x);
-  conv_forward(s, in, weight.contiguous().const_data_ptr<float>(), y.mutable_data_ptr<float>(),
+  conv_forward(s, in, weight.const_data_ptr<float>(), y.mutable_data_ptr<float>(),
                {data(gamma), data(beta), eps},
                normalise ? norm_y.mutable_data_ptr<float>() : nullptr);
   return {y, norm_y, pooled, argmax};
@@ -84,15 +121,13 @@ Normalised norm_conv_cpu(
 
 // (grad_x, grad_weight, rows of the way back through x's normalisation). x: the convolution's input
 // or, with `norm`, what it is made of; height, width: before the max-pool, if there is an argmax
-Outputs norm_conv_backward_cpu(const Tensor& grad_, const MaybeTensor& out, const MaybeTensor& y,
+Outputs norm_conv_backward_cpu(const Tensor& grad, const MaybeTensor& out, const MaybeTensor& y,
                                const MaybeTensor& back, const Tensor& x, const MaybeTensor& norm,
                                const MaybeTensor& gamma, const Tensor& weight,
-                               const MaybeTensor& argmax, const MaybeTensor& extra_,
+                               const MaybeTensor& argmax, const MaybeTensor& extra,
                                const MaybeTensor& extra_out, int64_t mode, int64_t height,
                                int64_t width, bool want_x, bool want_weight) {
   const bool pool = mode == MAXPOOL;
-  const Tensor grad = nhwc(grad_);
-  const MaybeTensor extra = nhwc(extra_);
   const Shape s = shape(x, weight);
   Tensor grad_x = at::empty({0}, x.options()), grad_weight = grad_x;
   Tensor back_x = rows(norm ? BACK_ROWS : 0, s.c_in, x);
@@ -102,7 +137,7 @@ Outputs norm_conv_backward_cpu(const Tensor& grad_, const MaybeTensor& out, cons
   const Input in{x.const_data_ptr<float>(), data(norm), nullptr,
                  pool ? const_cast<uint8_t*>(data<uint8_t>(argmax)) : nullptr, height, width};
   conv_backward(s, {grad.const_data_ptr<float>(), data(out), data(y), data(back)}, in,
-           weight.contiguous().const_data_ptr<float>(), data(extra), data(extra_out),
+           weight.const_data_ptr<float>(), data(extra), data(extra_out),
            want_x ? grad_x.mutable_data_ptr<float>() : nullptr,
            want_weight ? grad_weight.mutable_data_ptr<float>() : nullptr, data(gamma),
            norm ? back_x.mutable_data_ptr<float>() : nullptr);
@@ -113,23 +148,22 @@ int64_t pixels(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
 
 Tensor moments_cpu(const Tensor& y, const MaybeTensor& gamma, const MaybeTensor& beta, double eps) {
   Tensor norm = rows(NORM_ROWS, y.size(1), y);
-  moments(pixels(y), y.size(1), nhwc(y).const_data_ptr<float>(), {data(gamma), data(beta), eps},
+  moments(pixels(y), y.size(1), y.const_data_ptr<float>(), {data(gamma), data(beta), eps},
           norm.mutable_data_ptr<float>());
   return norm;
 }
 
 Tensor finish_cpu(const Tensor& y, const Tensor& norm, const MaybeTensor& r,
                   const MaybeTensor& norm_r) {
-  Tensor out = at::empty_like(y);
+  Tensor out = empty_nhwc(y.sizes(), y);
   finish(pixels(y), y.size(1), y.const_data_ptr<float>(), norm.const_data_ptr<float>(), data(r),
          data(norm_r), out.mutable_data_ptr<float>());
   return out;
 }
 
-Gradients finish_backward_cpu(const Tensor& grad_, const Tensor& out, const Tensor& y,
+Gradients finish_backward_cpu(const Tensor& grad, const Tensor& out, const Tensor& y,
                               const Tensor& norm, const MaybeTensor& gamma, const MaybeTensor& r,
                               const MaybeTensor& norm_r, const MaybeTensor& gamma_r) {
-  const Tensor grad = nhwc(grad_);
   Tensor back = rows(BACK_ROWS, y.size(1), y), back_r = at::empty_like(back);
   const Normed of_r{data(r), data(norm_r), data(gamma_r), back_r.mutable_data_ptr<float>()};
   finish_backward(pixels(y), y.size(1), grad.const_data_ptr<float>(), out.const_data_ptr<float>(),
@@ -138,10 +172,9 @@ Gradients finish_backward_cpu(const Tensor& grad_, const Tensor& out, const Tens
   return {back, back_r};
 }
 
-Tensor apply_backward_cpu(const Tensor& grad_, const MaybeTensor& out, const Tensor& y,
+Tensor apply_backward_cpu(const Tensor& grad, const MaybeTensor& out, const Tensor& y,
                           const Tensor& back) {
-  const Tensor grad = nhwc(grad_);
-  Tensor grad_y = at::empty_like(y);
+  Tensor grad_y = empty_nhwc(y.sizes(), y);
   apply_backward(pixels(y), y.size(1),
                  {grad.const_data_ptr<float>(), data(out), y.const_data_ptr<float>(),
                   back.const_data_ptr<float>()}, grad_y.mutable_data_ptr<float>());
@@ -150,8 +183,8 @@ Tensor apply_backward_cpu(const Tensor& grad_, const MaybeTensor& out, const Ten
 
 // (y, pooled, argmax); pooled and argmax are empty unless mode is MAXPOOL. argmax is 0..3 (uint8)
 // for Winograd, else ATen's index (int64).
-Outputs forward_cpu(const Tensor& x_, const Tensor& weight, int64_t mode) {
-  Tensor x = nhwc(x_), none = at::empty({0}, x.options()), index = bytes({0}, x);
+Outputs forward_cpu(const Tensor& x, const Tensor& weight, int64_t mode) {
+  Tensor none = at::empty({0}, x.options()), index = bytes({0}, x);
   if (!by_winograd(x, weight, mode)) {
     if (mode == MAXPOOL) {
       auto [pooled, argmax] = at::max_pool2d_with_indices(x, {2, 2});
@@ -165,28 +198,27 @@ Outputs forward_cpu(const Tensor& x_, const Tensor& weight, int64_t mode) {
 
 // (grad_x, grad_weight), each empty unless wanted. x: the convolution's input, that is `pooled` for
 // MAXPOOL; height and width are those of the layer's input.
-Gradients backward_cpu(const Tensor& grad_y_, const MaybeTensor& grad_pooled_, const Tensor& x_,
-                       const Tensor& weight, const Tensor& argmax, int64_t mode, int64_t height,
-                       int64_t width, bool want_x, bool want_weight) {
-  Tensor grad_y = nhwc(grad_y_), x = nhwc(x_), none = at::empty({0}, x.options());
-  Tensor grad_x = none, grad_weight = none;
+Gradients backward_cpu(const Tensor& grad_y, const MaybeTensor& grad_pooled, const Tensor& x,
+                       const Tensor& weight, const MaybeTensor& argmax, int64_t mode,
+                       int64_t height, int64_t width, bool want_x, bool want_weight) {
+  Tensor none = at::empty({0}, x.options()), grad_x = none;
   if (!by_winograd(x, weight, mode)) {
     const int64_t stride = mode == STRIDE ? 2 : 1;
     auto [grad_in, grad_w, _] = at::convolution_backward(
         grad_y, x, weight, at::OptionalIntArrayRef(), {stride, stride}, {1, 1}, {1, 1}, false,
         {0, 0}, 1, {want_x, want_weight, false});
     if (want_x && mode == MAXPOOL) {
-      if (grad_pooled_) grad_in = grad_in + *grad_pooled_;
+      if (grad_pooled) grad_in = grad_in + *grad_pooled;
       Tensor sizes = empty_nhwc({x.size(0), x.size(1), height, width}, x);
       grad_x = nhwc(at::max_pool2d_with_indices_backward(nhwc(grad_in), sizes, {2, 2}, {2, 2},
-                                                         {0, 0}, {1, 1}, false, argmax));
+                                                         {0, 0}, {1, 1}, false, *argmax));
     } else if (want_x) {
       grad_x = nhwc(grad_in);
     }
     return {grad_x, want_weight ? grad_w.contiguous() : none};
   }
   auto [by_x, by_weight, _] = norm_conv_backward_cpu(
-      grad_y, {}, {}, {}, x, {}, {}, weight, argmax, grad_pooled_, {}, mode, height, width, want_x,
+      grad_y, {}, {}, {}, x, {}, {}, weight, argmax, grad_pooled, {}, mode, height, width, want_x,
       want_weight);
   return {by_x, by_weight};
 }
@@ -211,56 +243,58 @@ Layer layer(const Tensor& in, const Tensor& weight, int64_t mode, int64_t x_heig
 
 const void* data_of(const MaybeTensor& x) { return x ? x->const_data_ptr() : nullptr; }
 
-Normalised norm_conv_cuda(const Tensor& x_, const MaybeTensor& norm, const Tensor& weight_,
-                       const MaybeTensor& gamma, const MaybeTensor& beta, double eps, int64_t mode,
-                       bool normalise) {
-  const c10::cuda::CUDAGuard guard(x_.device());
-  const Tensor x = nhwc(x_), weight = weight_.contiguous();
+Normalised norm_conv_cuda(const Tensor& x, const MaybeTensor& norm, const Tensor& weight,
+                          const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
+                          int64_t mode, bool normalise) {
+  const c10::cuda::CUDAGuard guard(x.device());
   auto [pooled, argmax] = empty_pooled(x, mode);
   const Tensor in = mode == MAXPOOL ? pooled : x;
   const Layer g = layer(in, weight, mode, x.size(2), x.size(3));
   Tensor y = empty_nhwc({g.batch, g.c_out, g.y_height, g.y_width}, x);
   Tensor norm_y = rows(normalise ? NORM_ROWS : 0, g.c_out, x);
-  Tensor partial = rows(1, normalise ? partial_floats(g) : 0, x);
-  check(launch_forward(type_of(x), g, false, {x.const_data_ptr(), data(norm)},
-                       weight.const_data_ptr(), y.mutable_data_ptr(), pooled.mutable_data_ptr(),
-                       mode == MAXPOOL ? argmax.mutable_data_ptr<uint8_t>() : nullptr,
-                       {data(gamma), data(beta), eps}, partial.mutable_data_ptr<float>(),
-                       normalise ? norm_y.mutable_data_ptr<float>() : nullptr,
-                       c10::cuda::getCurrentCUDAStream()));
+  Tensor partial = rows(1, normalise ? forward_partial_floats(g) : 0, x);
+  if (y.numel())
+    check(launch_forward(type_of(x), g, false, {x.const_data_ptr(), data(norm)},
+                         weight.const_data_ptr(), y.mutable_data_ptr(), pooled.mutable_data_ptr(),
+                         mode == MAXPOOL ? argmax.mutable_data_ptr<uint8_t>() : nullptr,
+                         {data(gamma), data(beta), eps}, partial.mutable_data_ptr<float>(),
+                         normalise ? norm_y.mutable_data_ptr<float>() : nullptr,
+                         c10::cuda::getCurrentCUDAStream()));
   return {y, norm_y, pooled, argmax};
 }
 
-Outputs norm_conv_backward_cuda(const Tensor& grad_, const MaybeTensor& out, const MaybeTensor& y,
-                                const MaybeTensor& back, const Tensor& x_, const MaybeTensor& norm,
-                                const MaybeTensor& gamma, const Tensor& weight_,
-                                const MaybeTensor& argmax, const MaybeTensor& extra_,
+Outputs norm_conv_backward_cuda(const Tensor& grad, const MaybeTensor& out, const MaybeTensor& y,
+                                const MaybeTensor& back, const Tensor& x, const MaybeTensor& norm,
+                                const MaybeTensor& gamma, const Tensor& weight,
+                                const MaybeTensor& argmax, const MaybeTensor& extra,
                                 const MaybeTensor& extra_out, int64_t mode, int64_t height,
                                 int64_t width, bool want_x, bool want_weight) {
-  const c10::cuda::CUDAGuard guard(x_.device());
-  const Tensor grad = nhwc(grad_), x = nhwc(x_), weight = weight_.contiguous();
-  const MaybeTensor extra = nhwc(extra_);
+  const c10::cuda::CUDAGuard guard(x.device());
   const bool pool = mode == MAXPOOL;
   const Layer g = layer(x, weight, mode, pool ? height : x.size(2), pool ? width : x.size(3));
   Tensor grad_x = at::empty({0}, x.options()), grad_weight = grad_x;
-  Tensor back_x = rows(norm ? BACK_ROWS : 0, g.c_in, x), partial = rows(1, partial_floats(g), x);
+  Tensor back_x = rows(norm ? BACK_ROWS : 0, g.c_in, x);
   const Source of_x{x.const_data_ptr(), data(norm)};
   const Source of_grad{grad.const_data_ptr(), nullptr, data_of(out), data_of(y), data(back)};
   void* stream = c10::cuda::getCurrentCUDAStream();
   if (want_x) {
     grad_x = empty_nhwc({g.batch, g.c_in, g.x_height, g.x_width}, x);
     if (pool && (height % 2 || width % 2)) grad_x.zero_();
-    check(launch_grad_input(type_of(x), g, of_grad, weight.const_data_ptr(),
-                            pool ? data<uint8_t>(argmax) : nullptr,
-                            {data_of(extra), nullptr, data_of(extra_out)},
-                            grad_x.mutable_data_ptr(), of_x, data(gamma),
-                            partial.mutable_data_ptr<float>(),
-                            norm ? back_x.mutable_data_ptr<float>() : nullptr, stream));
+    Tensor partial = rows(1, norm ? grad_input_partial_floats(g) : 0, x);
+    if (x.numel())
+      check(launch_grad_input(type_of(x), g, of_grad, weight.const_data_ptr(),
+                              pool ? data<uint8_t>(argmax) : nullptr,
+                              {data_of(extra), nullptr, data_of(extra_out)},
+                              grad_x.mutable_data_ptr(), of_x, data(gamma),
+                              partial.mutable_data_ptr<float>(),
+                              norm ? back_x.mutable_data_ptr<float>() : nullptr, stream));
   }
   if (want_weight) {
-    grad_weight = at::empty(weight.sizes(), weight.options());
-    check(launch_grad_weight(type_of(x), g, of_x, of_grad, partial.mutable_data_ptr<float>(),
-                             grad_weight.mutable_data_ptr(), stream));
+    grad_weight = at::zeros(weight.sizes(), weight.options());
+    Tensor partial = rows(1, grad_weight_partial_floats(g), x);
+    if (x.numel())
+      check(launch_grad_weight(type_of(x), g, of_x, of_grad, partial.mutable_data_ptr<float>(),
+                               grad_weight.mutable_data_ptr(), stream));
   }
   return {grad_x, grad_weight, back_x};
 }
@@ -271,8 +305,8 @@ Outputs forward_cuda(const Tensor& x, const Tensor& weight, int64_t mode) {
 }
 
 Gradients backward_cuda(const Tensor& grad_y, const MaybeTensor& grad_pooled, const Tensor& x,
-                        const Tensor& weight, const Tensor& argmax, int64_t mode, int64_t height,
-                        int64_t width, bool want_x, bool want_weight) {
+                        const Tensor& weight, const MaybeTensor& argmax, int64_t mode,
+                        int64_t height, int64_t width, bool want_x, bool want_weight) {
   auto [by_x, by_weight, _] =
       norm_conv_backward_cuda(grad_y, {}, {}, {}, x, {}, {}, weight, argmax, grad_pooled, {}, mode,
                               height, width, want_x, want_weight);
@@ -292,18 +326,18 @@ Tensor moments_cuda(const Tensor& y, const MaybeTensor& gamma, const MaybeTensor
 Tensor finish_cuda(const Tensor& y, const Tensor& norm, const MaybeTensor& r,
                    const MaybeTensor& norm_r) {
   const c10::cuda::CUDAGuard guard(y.device());
-  Tensor out = at::empty_like(y);
-  check(launch_finish(type_of(y), pixels(y), y.size(1), y.const_data_ptr(),
-                      norm.const_data_ptr<float>(), data_of(r), data(norm_r),
-                      out.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  Tensor out = empty_nhwc(y.sizes(), y);
+  if (y.numel())
+    check(launch_finish(type_of(y), pixels(y), y.size(1), y.const_data_ptr(),
+                        norm.const_data_ptr<float>(), data_of(r), data(norm_r),
+                        out.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
   return out;
 }
 
-Gradients finish_backward_cuda(const Tensor& grad_, const Tensor& out, const Tensor& y,
+Gradients finish_backward_cuda(const Tensor& grad, const Tensor& out, const Tensor& y,
                                const Tensor& norm, const MaybeTensor& gamma, const MaybeTensor& r,
                                const MaybeTensor& norm_r, const MaybeTensor& gamma_r) {
   const c10::cuda::CUDAGuard guard(y.device());
-  const Tensor grad = nhwc(grad_);
   Tensor partial = rows(PARTIAL_ROWS, y.size(1), y);
   auto sums = [&](const Tensor& y, const Tensor& norm, const MaybeTensor& gamma) {
     Tensor back = rows(BACK_ROWS, y.size(1), y);
@@ -317,19 +351,117 @@ Gradients finish_backward_cuda(const Tensor& grad_, const Tensor& out, const Ten
   return {sums(y, norm, gamma), norm_r ? sums(*r, *norm_r, gamma_r) : rows(0, y.size(1), y)};
 }
 
-Tensor apply_backward_cuda(const Tensor& grad_, const MaybeTensor& out, const Tensor& y,
+Tensor apply_backward_cuda(const Tensor& grad, const MaybeTensor& out, const Tensor& y,
                            const Tensor& back) {
   const c10::cuda::CUDAGuard guard(y.device());
-  const Tensor grad = nhwc(grad_);
-  Tensor grad_y = at::empty_like(y);
-  check(launch_apply_backward(
-      type_of(y), pixels(y), y.size(1),
-      {grad.const_data_ptr(), nullptr, data_of(out), y.const_data_ptr(),
-       back.const_data_ptr<float>()},
-      grad_y.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  Tensor grad_y = empty_nhwc(y.sizes(), y);
+  if (y.numel())
+    check(launch_apply_backward(
+        type_of(y), pixels(y), y.size(1),
+        {grad.const_data_ptr(), nullptr, data_of(out), y.const_data_ptr(),
+         back.const_data_ptr<float>()},
+        grad_y.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
   return grad_y;
 }
 #endif
+
+// The operators: their arguments, checked and laid out, go to `run`, the device's function above.
+
+at::DimVector output_sizes(const Tensor& x, const Tensor& weight, int64_t mode) {
+  const int64_t stride = mode == STRIDE ? 2 : 1;
+  return {x.size(0), weight.size(0), (x.size(2) - 1) / stride + 1, (x.size(3) - 1) / stride + 1};
+}
+
+template <auto run>
+Outputs forward(const Tensor& x, const Tensor& weight, int64_t mode) {
+  const Arguments given{x};
+  return run(*given.image("x", x, x.sizes()), *given.weight(weight), mode);
+}
+
+template <auto run>
+Gradients backward(const Tensor& grad_y, const MaybeTensor& grad_pooled, const Tensor& x,
+                   const Tensor& weight, const Tensor& argmax, int64_t mode, int64_t height,
+                   int64_t width, bool want_x, bool want_weight) {
+  const Arguments given{x};
+  return run(*given.image("grad_y", grad_y, output_sizes(x, weight, mode)),
+             given.image("grad_pooled", grad_pooled, x.sizes()), *given.image("x", x, x.sizes()),
+             *given.weight(weight), given.index(argmax, mode, height, width), mode, height, width,
+             want_x, want_weight);
+}
+
+template <auto run>
+Normalised norm_conv(const Tensor& x, const MaybeTensor& norm, const Tensor& weight,
+                     const MaybeTensor& gamma, const MaybeTensor& beta, double eps, int64_t mode,
+                     bool normalise) {
+  TORCH_CHECK_VALUE(mode == NONE || (mode == MAXPOOL && !norm),
+                    "norm_conv: a max-pool or an x to normalise, not both, and no stride");
+  const Arguments given{x};
+  const int64_t c_in = x.size(1), c_out = weight.size(0);
+  return run(*given.image("x", x, x.sizes()), given.floats("norm", norm, {NORM_ROWS, c_in}),
+             *given.weight(weight), given.floats("gamma", gamma, {c_out}),
+             given.floats("beta", beta, {c_out}), eps, mode, normalise);
+}
+
+template <auto run>
+Outputs norm_conv_backward(const Tensor& grad, const MaybeTensor& out, const MaybeTensor& y,
+                           const MaybeTensor& back, const Tensor& x, const MaybeTensor& norm,
+                           const MaybeTensor& gamma, const Tensor& weight,
+                           const MaybeTensor& argmax, const MaybeTensor& extra,
+                           const MaybeTensor& extra_out, int64_t mode, int64_t height,
+                           int64_t width, bool want_x, bool want_weight) {
+  TORCH_CHECK_VALUE(mode == NONE || (mode == MAXPOOL && !norm),
+                    "norm_conv_backward: a max-pool or an x to normalise, not both, and no stride");
+  TORCH_CHECK_VALUE(y.has_value() == back.has_value() && (extra || !extra_out),
+                    "norm_conv_backward: y and back go together, extra_out needs extra");
+  const Arguments given{x};
+  const int64_t c_in = x.size(1), c_out = weight.size(0);
+  const at::DimVector y_sizes = output_sizes(x, weight, mode);
+  return run(*given.image("grad", grad, y_sizes), given.image("out", out, y_sizes),
+             given.image("y", y, y_sizes), given.floats("back", back, {BACK_ROWS, c_out}),
+             *given.image("x", x, x.sizes()), given.floats("norm", norm, {NORM_ROWS, c_in}),
+             given.floats("gamma", gamma, {c_in}), *given.weight(weight),
+             given.index(argmax, mode, height, width), given.image("extra", extra, x.sizes()),
+             given.image("extra_out", extra_out, x.sizes()), mode, height, width, want_x,
+             want_weight);
+}
+
+template <auto run>
+Tensor moments(const Tensor& y, const MaybeTensor& gamma, const MaybeTensor& beta, double eps) {
+  TORCH_CHECK_VALUE(y.numel(), "moments: y is empty");
+  const Arguments given{y};
+  return run(*given.image("y", y, y.sizes()), given.floats("gamma", gamma, {y.size(1)}),
+             given.floats("beta", beta, {y.size(1)}), eps);
+}
+
+template <auto run>
+Tensor finish(const Tensor& y, const Tensor& norm, const MaybeTensor& r,
+              const MaybeTensor& norm_r) {
+  TORCH_CHECK_VALUE(r || !norm_r, "finish: norm_r needs r");
+  const Arguments given{y};
+  return run(*given.image("y", y, y.sizes()), *given.floats("norm", norm, {NORM_ROWS, y.size(1)}),
+             given.image("r", r, y.sizes()), given.floats("norm_r", norm_r, norm.sizes()));
+}
+
+template <auto run>
+Gradients finish_backward(const Tensor& grad, const Tensor& out, const Tensor& y,
+                          const Tensor& norm, const MaybeTensor& gamma, const MaybeTensor& r,
+                          const MaybeTensor& norm_r, const MaybeTensor& gamma_r) {
+  TORCH_CHECK_VALUE(r || !norm_r, "finish_backward: norm_r needs r");
+  const Arguments given{y};
+  return run(*given.image("grad", grad, y.sizes()), *given.image("out", out, y.sizes()),
+             *given.image("y", y, y.sizes()), *given.floats("norm", norm, {NORM_ROWS, y.size(1)}),
+             given.floats("gamma", gamma, {y.size(1)}), given.image("r", r, y.sizes()),
+             given.floats("norm_r", norm_r, norm.sizes()),
+             given.floats("gamma_r", gamma_r, {y.size(1)}));
+}
+
+template <auto run>
+Tensor apply_backward(const Tensor& grad, const MaybeTensor& out, const Tensor& y,
+                      const Tensor& back) {
+  const Arguments given{y};
+  return run(*given.image("grad", grad, y.sizes()), given.image("out", out, y.sizes()),
+             *given.image("y", y, y.sizes()), *given.floats("back", back, {BACK_ROWS, y.size(1)}));
+}
 
 }  // namespace
 
@@ -351,25 +483,25 @@ TORCH_LIBRARY(pool_conv, m) {
   m.def("apply_backward(Tensor grad, Tensor? out, Tensor y, Tensor back) -> Tensor grad_y");
 }
 TORCH_LIBRARY_IMPL(pool_conv, CPU, m) {
-  m.impl("forward", forward_cpu);
-  m.impl("backward", backward_cpu);
-  m.impl("norm_conv", norm_conv_cpu);
-  m.impl("norm_conv_backward", norm_conv_backward_cpu);
-  m.impl("moments", moments_cpu);
-  m.impl("finish", finish_cpu);
-  m.impl("finish_backward", finish_backward_cpu);
-  m.impl("apply_backward", apply_backward_cpu);
+  m.impl("forward", forward<forward_cpu>);
+  m.impl("backward", backward<backward_cpu>);
+  m.impl("norm_conv", norm_conv<norm_conv_cpu>);
+  m.impl("norm_conv_backward", norm_conv_backward<norm_conv_backward_cpu>);
+  m.impl("moments", moments<moments_cpu>);
+  m.impl("finish", finish<finish_cpu>);
+  m.impl("finish_backward", finish_backward<finish_backward_cpu>);
+  m.impl("apply_backward", apply_backward<apply_backward_cpu>);
 }
 #ifdef WITH_CUDA
 TORCH_LIBRARY_IMPL(pool_conv, CUDA, m) {
-  m.impl("forward", forward_cuda);
-  m.impl("backward", backward_cuda);
-  m.impl("norm_conv", norm_conv_cuda);
-  m.impl("norm_conv_backward", norm_conv_backward_cuda);
-  m.impl("moments", moments_cuda);
-  m.impl("finish", finish_cuda);
-  m.impl("finish_backward", finish_backward_cuda);
-  m.impl("apply_backward", apply_backward_cuda);
+  m.impl("forward", forward<forward_cuda>);
+  m.impl("backward", backward<backward_cuda>);
+  m.impl("norm_conv", norm_conv<norm_conv_cuda>);
+  m.impl("norm_conv_backward", norm_conv_backward<norm_conv_backward_cuda>);
+  m.impl("moments", moments<moments_cuda>);
+  m.impl("finish", finish<finish_cuda>);
+  m.impl("finish_backward", finish_backward<finish_backward_cuda>);
+  m.impl("apply_backward", apply_backward<apply_backward_cuda>);
 }
 #endif
 

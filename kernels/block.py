@@ -16,45 +16,44 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.nn import BatchNorm2d, Conv2d
+from torch.nn import BatchNorm2d, Conv2d, Module, Sequential
+from torch.nn.modules.module import _has_any_global_hook
 
-from . import MODES, check_arguments, load, pool_conv2d
+from . import MODES, check_mode, load, pool_conv2d
 
 ops = torch.ops.pool_conv
 GRAD_AFFINE = slice(4, 6)  # rows of the gradients of gamma and beta (BackRow in pool_conv.h)
 
 
-def stem(x: torch.Tensor, conv: Conv2d, norm: BatchNorm2d) -> torch.Tensor:
-    """relu(norm(conv(x))), for any convolution; norm and ReLU are fused."""
-    if not _can_fuse(x, conv.weight, [norm]):
-        return F.relu(norm(conv(x)))
+def stem(x: torch.Tensor, conv: Module, norm: Module) -> torch.Tensor:
+    """relu(norm(conv(x))), for any modules; a BatchNorm2d and the ReLU are fused."""
+    y = conv(x)
+    if not _can_fuse(y, [], [norm]):
+        return F.relu(norm(y))
     load()
-    y = conv(x).contiguous(memory_format=torch.channels_last)
+    y = y.contiguous(memory_format=torch.channels_last)
     return _NormReLU.apply(y, norm, norm.weight, norm.bias)
 
 
-def basic_block(x: torch.Tensor, conv1: Conv2d, norm1: BatchNorm2d, conv2: Conv2d,
-                norm2: BatchNorm2d, shortcut: torch.nn.Sequential | None = None,
-                downsample: str = "none") -> torch.Tensor:
+def basic_block(x: torch.Tensor, conv1: Module, norm1: Module, conv2: Module, norm2: Module,
+                shortcut: Module | None = None, downsample: str = "none") -> torch.Tensor:
     """relu(norm2(conv2(relu(norm1(conv1(p))))) + shortcut(p)), where p is x, for "maxpool"
-    maxpool2x2(x). "stride": conv1 has stride 2 in this call, and the shortcut starts from every
-    second pixel of every second row.
+    maxpool2x2(x). "stride": conv1 has twice its stride in this call, and the shortcut starts from
+    every second pixel of every second row. For any modules; README.md says which are fused.
 
-    x: (N,C_in,H,W); conv1, conv2: 3x3, padding 1, no stride, no bias, C_in -> C_out -> C_out;
-    shortcut: None or empty for the identity, or a 1x1 convolution without bias and its norm.
-    Running statistics are kept as torch keeps them. Raises as `pool_conv2d` does.
+    x: (N,C_in,H,W); shortcut: None or empty for the identity. Running statistics are kept as torch
+    keeps them. Raises as `pool_conv2d` and the modules do.
     """
-    check_arguments(x, conv1.weight, downsample)
-    _check_block(x, conv1, conv2, shortcut)
-    norms = [norm1, norm2, shortcut[1]] if shortcut else [norm1, norm2]
-    if downsample == "stride" or not _can_fuse(x, conv1.weight, norms):
-        y, p = pool_conv2d(x, conv1.weight, downsample)
-        y, _ = pool_conv2d(F.relu(norm1(y)), conv2.weight)
+    check_mode(downsample)
+    if not _can_fuse(x, [conv1, conv2], [norm1, norm2], shortcut, downsample):
+        y, p = _conv(x, conv1, downsample)
+        y, _ = _conv(F.relu(norm1(y)), conv2)
         if downsample == "stride":
             p = p[:, :, ::2, ::2]
-        return F.relu(norm2(y) + (shortcut(p) if shortcut else p))
+        return F.relu(norm2(y) + (p if shortcut is None else shortcut(p)))
 
     load()
+    norms = [norm1, norm2, shortcut[1]] if shortcut else [norm1, norm2]
     weight_s = shortcut[0].weight if shortcut else None
     affine = []
     for norm in norms:
@@ -63,36 +62,64 @@ def basic_block(x: torch.Tensor, conv1: Conv2d, norm1: BatchNorm2d, conv2: Conv2
                              *affine)
 
 
-def _can_fuse(x: torch.Tensor, weight: torch.Tensor, norms: list[BatchNorm2d]) -> bool:
-    """The one place that decides whether a layer, `weight` its first, is fused."""
-    return (not x.is_meta  # torch counts operations there
-            and x.dtype == weight.dtype == torch.float32
+def _can_fuse(x: torch.Tensor, convs: list[Module], norms: list[Module],
+              shortcut: Module | None = None, downsample: str = "none") -> bool:
+    """The one place that decides whether a layer is fused: where the kernels compute what its
+    modules do, and nothing waits for the modules' calls."""
+    if torch.compiler.is_compiling():  # these functions cannot be traced
+        return False
+    sizes = [3] * len(convs)
+    if shortcut is not None:
+        if not _is_plain(shortcut, Sequential) or len(shortcut) not in (0, 2):
+            return False
+        convs = [*convs, *shortcut[:1]]
+        norms = [*norms, *shortcut[1:]]
+        sizes.append(1)
+    by = 2 if downsample == "maxpool" else 1
+    return (downsample != "stride"
+            and x.dtype == torch.float32
+            and not x.is_meta  # torch counts operations there
             and not torch.is_autocast_enabled(x.device.type)
-            and len(weight) >= 8  # below, most of a vector is idle
-            and not torch.compiler.is_compiling()  # these functions cannot be traced
+            # of one value a channel there are no statistics; of none, torch has an opinion
+            and x.dim() == 4 and len(x) * (x.shape[2] // by) * (x.shape[3] // by) > 1
+            and all(map(_is_plain_conv, convs, sizes))
+            and all(_is_plain(norm, BatchNorm2d) for norm in norms)
+            and min(norm.num_features for norm in norms) >= 8  # else most of a vector is idle
+            # the addition, else, is torch's to refuse, or to broadcast
+            and (shortcut or all(len(conv.weight) == x.shape[1] for conv in convs))
             # running statistics have no way back here
             and (all(map(_of_batch, norms)) or not torch.is_grad_enabled()))
 
 
-def _check_block(x: torch.Tensor, conv1: Conv2d, conv2: Conv2d,
-                 shortcut: torch.nn.Sequential | None) -> None:
-    """ValueError for modules whose weights alone do not say what they compute, and shapes that the
-    kernels would not notice."""
-    convs = [conv1, conv2]
-    channels = conv1.out_channels
-    shapes = [(channels, x.shape[1], 3, 3), (channels, channels, 3, 3)]
-    if shortcut:
-        convs.append(shortcut[0])
-        shapes.append((channels, x.shape[1], 1, 1))
-    elif x.shape[1] != channels:
-        raise ValueError(f"from {x.shape[1]} to {channels} channels it needs a shortcut")
+def _is_plain(module: Module, kind: type) -> bool:
+    """Exactly torch's module, whose call does nothing but its own `forward`: what is pruned,
+    parametrised or watched has hooks or a type of its own."""
+    return (type(module) is kind and "forward" not in vars(module)
+            and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                     or module._backward_pre_hooks or _has_any_global_hook()))
 
-    for conv, shape in zip(convs, shapes):
-        padding = (shape[2] // 2, shape[3] // 2)
-        if (conv.weight.shape != shape or conv.bias is not None or conv.stride != (1, 1)
-                or conv.padding != padding or conv.dilation != (1, 1)):
-            raise ValueError(f"{conv}: a weight of shape {shape} is needed, padding {padding}, "
-                             "no stride, dilation or bias")
+
+def _is_plain_conv(conv: Module, size: int) -> bool:
+    """A convolution with a weight of size x size that keeps the image's size, without a bias."""
+    return (_is_plain(conv, Conv2d) and conv.weight.shape[2:] == (size, size)
+            and conv.padding == (size // 2, size // 2) and conv.padding_mode == "zeros"
+            and conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.bias is None)
+
+
+def _conv(x: torch.Tensor, conv: Module,
+          downsample: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
+    """As `pool_conv2d`, and by that where it computes what the module does."""
+    if _is_plain_conv(conv, 3):
+        return pool_conv2d(x, conv.weight, downsample)
+    p = F.max_pool2d(x, 2) if downsample == "maxpool" else x
+    if downsample != "stride":
+        return conv(p), p
+    stride = conv.stride
+    conv.stride = tuple(2 * step for step in stride)
+    try:
+        return conv(p), p
+    finally:
+        conv.stride = stride
 
 
 def _of_batch(norm: BatchNorm2d) -> bool:
@@ -108,7 +135,7 @@ def _rows(norm: BatchNorm2d, batch: torch.Tensor | None, y: torch.Tensor) -> tor
         scale = invstd if norm.weight is None else invstd * norm.weight
         shift = zero if norm.bias is None else norm.bias
         return torch.stack([norm.running_mean, zero, scale, shift, invstd, norm.running_var])
-    if norm.training and norm.running_mean is not None:
+    if norm.training and norm.track_running_stats and norm.running_mean is not None:
         norm.num_batches_tracked += 1
         share = 1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
         count = y.numel() // y.shape[1]

@@ -558,9 +558,16 @@ void run_column_sums(int64_t pixels, int channels, const Source& grad, const voi
 
 }  // namespace
 
-int64_t partial_floats(const Layer& g) {
-  const int64_t of_sums = SUMS * tile_count(g.batch, g.height, g.width);
-  return std::max(of_sums * std::max(g.c_in, g.c_out), int64_t(PARTS) * g.c_out * g.c_in * 9);
+int64_t forward_partial_floats(const Layer& g) {
+  return SUMS * tile_count(g.batch, g.y_height, g.y_width) * g.c_out;
+}
+
+int64_t grad_input_partial_floats(const Layer& g) {
+  return SUMS * tile_count(g.batch, g.height, g.width) * g.c_in;
+}
+
+int64_t grad_weight_partial_floats(const Layer& g) {
+  return int64_t(PARTS) * g.c_out * g.c_in * 9;
 }
 
 #define BY_TYPE(function, ...)                                         \

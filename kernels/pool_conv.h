@@ -136,7 +136,10 @@ struct Source {
 };
 
 // Each launches on `stream` (a cudaStream_t) and returns CUDA's message if that failed, else null.
-// partial: scratch, partial_floats(g) of them.
+// partial: scratch, as many floats as the launch's function says.
+int64_t forward_partial_floats(const Layer& g);  // with norm_y, else none
+int64_t grad_input_partial_floats(const Layer& g);  // with back_x, else none
+int64_t grad_weight_partial_floats(const Layer& g);
 
 // argmax: null unless the layer max-pools. plain: the reference kernels, for an x without norm.
 // norm_y: null, or y's rows to fill
@@ -153,7 +156,6 @@ const char* launch_grad_input(Type type, const Layer& g, const Source& grad_y, c
 // x: the convolution's input
 const char* launch_grad_weight(Type type, const Layer& g, const Source& x, const Source& grad_y,
                                float* partial, void* result, void* stream);
-int64_t partial_floats(const Layer& g);
 
 // As the functions of these names above; partial: PARTIAL_ROWS * channels floats
 constexpr int PARTIAL_ROWS = 4 * 256;

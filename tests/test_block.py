@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from test_kernels import distance, needs_compiler, ops  # noqa: F401  a fixture
+from test_kernels import distance, elsewhere, needs_compiler, ops  # noqa: F401  a fixture
+from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from kernels import pool_conv2d
 
 pytestmark = needs_compiler
 # n, c_in, c_out, height, width, downsample, affine parameters and running statistics
@@ -50,7 +52,8 @@ class Block(nn.Module):
         if downsample == "maxpool":
             x = F.max_pool2d(x, 2)
         stride = 2 if downsample == "stride" else 1
-        first = self.norm1(F.conv2d(x, self.conv1.weight, stride=stride, padding=1))
+        y = F.conv2d(x, self.conv1.weight, stride=2, padding=1) if stride == 2 else self.conv1(x)
+        first = self.norm1(y)
         second = self.norm2(self.conv2(first.relu()))
         return first, second + self.shortcut(x[:, :, ::stride, ::stride])
 
@@ -78,12 +81,14 @@ def assert_close(results, expected, tolerance):
         assert distance(one, exact) < tolerance
 
 
-def make_case(n, c_in, c_out, height, width, downsample, full):
+def make_case(n, c_in, c_out, height, width, downsample, full, change=None):
     """Block, input, gradient of the output; where no ReLU is so near to 0 that rounding, which is
     another on another CPU, could open or close it."""
     for seed in range(100):
         torch.manual_seed(seed)
         block = Block(c_in, c_out, full)
+        if change:
+            change(block)
         x = torch.randn(n, c_in, height, width).relu()
         first, second = copy.deepcopy(block).double().parts(x.double(), downsample)
         if min(first.abs().min(), second.abs().min()) > 2e-5:
@@ -120,6 +125,24 @@ def test_stem_against_float64(ops, full):
     results = train(layers, stem, x, grad)
     assert "NormReLU" in results[0].grad_fn.name()
     assert_close(results, expected, 2e-5)
+
+
+def test_saved_tensors_may_come_back_in_other_memory(ops):
+    """As after torch.autograd.graph.save_on_cpu, and as views that begin anywhere."""
+    block, x, grad = make_case(*CASES[2])
+    stem = make_stem(True)
+    cases = [(*stem, x[:, :3], grad[:, :16].repeat(1, 1, 2, 2))]
+    for downsample in ("none", "maxpool"):
+        of_out = grad if downsample == "maxpool" else grad.repeat(1, 1, 2, 2)
+        cases.append((block, lambda x, by=downsample: block(x, by), x, of_out))
+        weight = nn.ParameterList([block.conv1.weight])
+        cases.append((weight, lambda x, by=downsample: pool_conv2d(x, weight[0], by)[0], x, of_out))
+    for layer, forward, x, grad in cases:
+        expected = train(layer, forward, x, grad)
+        layer.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(elsewhere, lambda tensor: tensor):
+            results = train(layer, forward, x, elsewhere(grad))
+        assert_close(results[:2], [result.double() for result in expected[:2]], 1e-6)
 
 
 def test_evaluation_uses_the_running_statistics(ops):
@@ -202,13 +225,110 @@ def test_operations_are_counted_on_meta_tensors(downsample):
     assert counts[0] == counts[1] and counts[0][1] > 0
 
 
+@pytest.mark.parametrize("downsample", ["none", "maxpool"])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_empty_batch_is_torchs(ops, downsample, training):
+    block = Block(16, 16, True)
+    stem, _ = make_stem(True)
+    native = nn.ModuleList([stem, block]).train(training)
+    fused = copy.deepcopy(native)
+    x = torch.zeros(0, 3, 8, 8)
+    grad = torch.zeros(0, 16, *(2 * [4 if downsample == "maxpool" else 8]))
+    expected = train(native, lambda x: native[1].native(native[0](x), downsample), x, grad)
+    results = train(fused, lambda x: fused[1](kernels.stem(x, *fused[0][:2]), downsample), x, grad)
+    for one, exact in zip(results, expected, strict=True):
+        assert torch.equal(one, exact)
+    with torch.no_grad():
+        assert block(torch.zeros(0, 16, 8, 8), downsample).shape == grad.shape
+
+
+def test_one_value_a_channel_is_refused_in_training(ops):
+    for layer, x in ((Block(16, 16, False), torch.ones(1, 16, 1, 1)),
+                     (make_stem(True)[1], torch.ones(1, 3, 1, 1))):
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            layer(x)
+
+
+# ------------------------------------------------------------------------- modules of any kind
+
+class Shifted(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def prune_half(block):
+    with torch.no_grad():  # else the block could not be copied
+        prune.random_unstructured(block.conv1, "weight", 0.5)
+
+
+CHANGES = [
+    lambda block: block.conv1.register_forward_hook(lambda module, inputs, y: 2 * y),
+    lambda block: block.norm2.register_forward_pre_hook(lambda module, inputs: inputs[0].square()),
+    lambda block: block.shortcut.register_forward_hook(lambda module, inputs, y: 2 * y),
+    lambda block: block.conv2.register_full_backward_hook(lambda module, grads, _: (2 * grads[0],)),
+    lambda block: setattr(block, "conv1", nn.Conv2d(16, 24, 3, padding=2, dilation=2, bias=False)),
+    lambda block: setattr(block, "conv2", nn.Conv2d(24, 24, 3, padding=1)),
+    lambda block: setattr(block, "conv2", nn.Conv2d(24, 24, 3, padding=1, groups=4, bias=False)),
+    lambda block: setattr(block, "norm1", nn.InstanceNorm2d(24, affine=True)),
+    lambda block: setattr(block, "norm2", Shifted(24)),
+    lambda block: setattr(block, "shortcut", nn.Conv2d(16, 24, 1)),
+    lambda block: parametrizations.spectral_norm(block.conv1),
+    prune_half]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_modules_compute_what_they_say(change):
+    block, x, grad = make_case(2, 16, 24, 8, 8, "maxpool", True, change)
+    with torch.no_grad():
+        exact = copy.deepcopy(block).double().eval().native(x.double(), "maxpool")
+        assert distance(block.eval()(x, "maxpool"), exact) < 5e-6
+    block.train()
+    expected = in_float64(block, x, grad, "maxpool")
+    results = train(block, block, x, grad, "maxpool")
+    # a bias before a normalisation has no gradient
+    told = [i for i, exact in enumerate(expected) if exact.norm() > 1e-9]
+    assert_close([results[i] for i in told], [expected[i] for i in told], 5e-5)
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+@pytest.mark.parametrize("downsample", ["none", "maxpool", "stride"])
+def test_hooks_see_every_module(downsample, everywhere):
+    block = Block(16, 24, True)
+    called = []
+    modules = [module for module in block.modules() if module is not block]
+    if everywhere:
+        handles = [nn.modules.module.register_module_forward_hook(
+            lambda module, *_: called.append(module))]
+    else:
+        handles = [module.register_forward_hook(lambda module, *_: called.append(module))
+                   for module in modules]
+    block(torch.ones(2, 16, 8, 8), downsample)
+    for handle in handles:
+        handle.remove()
+    assert set(modules) <= set(called)
+
+
+def test_a_forward_function_of_its_own_is_called():  # accelerate moves modules so
+    block, x, _ = make_case(*CASES[0])
+    forward = block.conv2.forward
+    block.conv2.forward = lambda x: forward(x.square())
+    assert distance(block(x), block.native(x).double()) < 1e-5
+
+
+def test_a_stride_of_other_modules():
+    block, x, grad = make_case(3, 16, 24, 7, 8, "stride", True)
+    block.conv1.register_forward_hook(lambda *_: None)
+    expected = in_float64(block, x, grad, "stride")
+    assert_close(train(block, block, x, grad, "stride"), expected, 5e-5)
+    assert block.conv1.stride == (1, 1)
+
+
 def test_what_a_block_does_not_take():
-    block = Block(16, 24, False)
-    stride = nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False)
-    for change, message in ((("shortcut", None), "needs a shortcut"),
-                            (("conv1", stride), "no stride"),
-                            (("conv2", nn.Conv2d(24, 24, 3, padding=1)), "bias"),
-                            (("downsample", "average"), "none, maxpool or stride")):
-        arguments = {"x": torch.ones(2, 16, 4, 4), **dict(block.named_children())}
-        with pytest.raises(ValueError, match=message):
-            kernels.basic_block(**(arguments | dict([change])))
+    for shape, downsample in (((2, 16, 4, 4), "average"), ((2, 16, 1, 4), "maxpool"),
+                              ((16, 4, 4), "none"), ((2, 15, 4, 4), "none")):
+        with pytest.raises(ValueError):
+            Block(16, 16, False)(torch.ones(shape), downsample)
+    with pytest.raises(RuntimeError):
+        block = Block(16, 24, False)
+        block.shortcut = None
+        block(torch.ones(2, 16, 4, 4))
