@@ -13,8 +13,12 @@ import hashlib
 import logging
 import os
 import platform
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -95,88 +99,160 @@ def check_arguments(x: torch.Tensor, weight: torch.Tensor, downsample: str) -> N
 # ------------------------------------------------------------------------------------ the build
 
 def load() -> None:
-    """Build (once for these sources, this torch and this CPU) and load the operators."""
+    """Build (once for these sources, this torch, compiler and machine) and load the operators."""
     global _loaded
     with _lock:
-        if not _loaded:
+        if not _loaded and not _is_registered():
             try:
                 _build_and_load()
             except Exception as error:  # a missing tool, a failed compiler: many kinds
                 raise BuildError(f"the kernels cannot be built: {_reason(error)}") from error
             _register()
-            _loaded = True
+        _loaded = True
+
+
+def _is_registered() -> bool:
+    """Whether this folder, imported by another name, has done it: twice would end the process."""
+    name = "pool_conv::forward"
+    return (torch._C._dispatch_has_kernel(name)
+            and torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd"))
 
 
 def _build_and_load() -> None:
     folder = Path(__file__).parent
-    cuda = torch.cuda.is_available()
+    gpus = _gpus()
     sources = [folder / "binding.cpp", folder / "pool_conv_cpu.cpp"]
-    if cuda:
+    if gpus:
         sources.append(folder / "pool_conv.cu")
+    library = _library([*sources, folder / "pool_conv.h"], gpus)
+    if _loads(library):  # before any lock: the folder may be one that can only be read
+        return
+    with _locked(library.with_suffix(".lock")):
+        if not _loads(library):  # nor has another process built it meanwhile
+            _build(library, sources, cuda=bool(gpus))
 
-    # a build of its own for whatever changes it, CPUs that share a home directory included
-    state = [file.read_bytes() for file in (*sources, folder / "pool_conv.h")]
-    machine = (torch.__version__, sys.version, platform.machine(), _cpu_flags(), cuda)
-    state.append(str(machine).encode())
-    name = f"pool_conv_{hashlib.sha256(b'|'.join(state)).hexdigest()[:12]}"
+
+def _library(files: list[Path], gpus: list) -> Path:
+    """Where the finished library is, or will be: another for whatever changes it, machines that
+    share a home directory included. Where there is no compiler, any compiler's will do."""
+    machine = (torch.__version__, sys.version, platform.machine(), _cpu_features(), gpus)
+    state = b"|".join([file.read_bytes() for file in files] + [str(machine).encode()])
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
-    build = Path(root).expanduser() / name
-    build.mkdir(parents=True, exist_ok=True)
-
-    with _locked(build / "one-at-a-time"):
-        if (build / "done").exists():
-            torch.ops.load_library(str(build / f"{name}.so"))
-        else:
-            _build(name, sources, build, cuda)
-            (build / "done").touch()
+    folder = Path(root).expanduser() / f"pool_conv_{hashlib.sha256(state).hexdigest()[:12]}"
+    compiler = _compiler()
+    finished = [] if compiler else sorted(folder.glob("*.so"))
+    name = hashlib.sha256(compiler.encode()).hexdigest()[:12]
+    return finished[0] if finished else folder / f"{name}.so"
 
 
-def _build(name: str, sources: list[Path], build: Path, cuda: bool) -> None:
-    """Compile into the folder `build`, and load."""
+def _loads(library: Path) -> bool:
+    """Load it. False if it is not there, or cannot be loaded: then it is built anew."""
+    try:
+        torch.ops.load_library(str(library))
+    except OSError:
+        return False
+    return True
+
+
+def _build(library: Path, sources: list[Path], cuda: bool) -> None:
+    """Compile, load, and put the result where it is looked for, at once and complete."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA: known
+    from unittest import mock
+
     from torch.utils import cpp_extension  # slow to import, and only for building
     print(f"building the kernels (once, about {60 if cuda else 15} s) ...", file=sys.stderr,
           flush=True)
-    (build / "lock").unlink(missing_ok=True)  # torch's own, of a build that was killed
 
     flags = ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+    link_flags = []
     if platform.system() != "Darwin":
         flags += ["-march=native", "-fopenmp"]
+        if "clang" in _compiler():  # its own OpenMP; g++'s is loaded, with torch
+            link_flags.append("-fopenmp")
     if cuda:
         flags.append("-DWITH_CUDA")
-    cpp_extension.load(name, [str(file) for file in sources], build_directory=str(build),
-                       extra_cflags=flags, extra_cuda_cflags=["-O3"], with_cuda=cuda,
-                       is_python_module=False)
+    # a local folder: torch takes a lock there, which a network's file system may not have
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        with mock.patch.dict(os.environ, _environment(scratch)):
+            cpp_extension.load("pool_conv", [str(file) for file in sources],
+                               build_directory=scratch, extra_cflags=flags,
+                               extra_cuda_cflags=["-O3"], extra_ldflags=link_flags,
+                               with_cuda=cuda, is_python_module=False)
+        built, = Path(scratch).glob(f"pool_conv*{cpp_extension.LIB_EXT}")
+        copy = library.with_suffix(f".{os.getpid()}")
+        shutil.copyfile(built, copy)
+        os.replace(copy, library)
 
 
-def _cpu_flags() -> str:
+def _environment(scratch: str) -> dict[str, str]:
+    """What the build needs to find ninja, if it is only where pip put it, and a compiler of several
+    words, as in CXX="ccache g++", which torch takes for one."""
+    changes = {}
+    if not shutil.which("ninja"):
+        with contextlib.suppress(ImportError):
+            from ninja import BIN_DIR
+            changes["PATH"] = os.pathsep.join(filter(None, [os.environ.get("PATH"), BIN_DIR]))
+    words = shlex.split(os.environ.get("CXX", ""))
+    if len(words) > 1:
+        script = Path(scratch, "cxx")
+        script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        script.chmod(0o700)
+        changes |= {"CXX": str(script), "TORCH_NO_COMPILER_WRAPPER": "1"}
+    return changes
+
+
+def _compiler() -> str:
+    """What the compiler says that it is; empty if there is none."""
+    command = [*shlex.split(os.environ.get("CXX") or "c++"), "--version"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _cpu_features() -> list[str]:
     """What -march=native depends on."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
-        return platform.processor()
+        return [platform.processor()]
     lines = cpuinfo.read_text().splitlines()
-    return next((line for line in lines if line.startswith("flags")), "")
+    return sorted({line for line in lines if line.startswith(("flags", "Features", "isa"))})
 
 
-def _reason(error: Exception) -> str:
+def _gpus() -> list:
+    """What nvcc compiles for; empty without a GPU."""
+    if not torch.cuda.is_available():
+        return []
+    gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return [*sorted(gpus), os.environ.get("TORCH_CUDA_ARCH_LIST")]
+
+
+def _reason(error: BaseException) -> str:
     """The line of a failed build that says most."""
-    if isinstance(error.__cause__, subprocess.CalledProcessError) and error.__cause__.output:
-        error = error.__cause__.output.decode(errors="replace")
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "error" in line.lower() or "not found" in line]
-    return (telling or lines or [type(error).__name__])[0]
+    while error.__cause__:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    if isinstance(error, subprocess.CalledProcessError):
+        output = (error.output or b"").decode(errors="replace").splitlines()
+        telling = re.compile("error|not found|cannot find", re.I)
+        lines = [*filter(telling.search, output), *lines]
+    return lines[0].strip() if lines else type(error).__name__
 
 
 @contextlib.contextmanager
 def _locked(path: Path):
-    """One process builds, the others wait; the system releases the lock of one that dies."""
+    """One process builds, the others wait, if the system has locks; it releases the lock of one
+    that dies."""
     try:
-        import fcntl
-    except ImportError:  # Windows: torch's own lock must do
-        yield
-        return
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+    except OSError as error:
+        raise RuntimeError(f"{path.parent} cannot be written ({error.strerror}): choose another "
+                           "folder by TORCH_EXTENSIONS_DIR") from None
+    with file:
+        with contextlib.suppress(ImportError, OSError):  # Windows; a network's file system
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

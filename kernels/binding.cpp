@@ -102,6 +102,7 @@ using Normalised = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 Normalised norm_conv_cpu(
     const Tensor& x, const MaybeTensor& norm, const Tensor& weight, const MaybeTensor& gamma,
     const MaybeTensor& beta, double eps, int64_t mode, bool normalise) {
+  TORCH_CHECK_VALUE(mode != STRIDE, "norm_conv: no stride on a CPU");
   const bool pool = mode == MAXPOOL;
   auto [pooled, argmax] = empty_pooled(x, mode);
   Input in{x.const_data_ptr<float>(), data(norm)};
@@ -393,8 +394,7 @@ template <auto run>
 Normalised norm_conv(const Tensor& x, const MaybeTensor& norm, const Tensor& weight,
                      const MaybeTensor& gamma, const MaybeTensor& beta, double eps, int64_t mode,
                      bool normalise) {
-  TORCH_CHECK_VALUE(mode == NONE || (mode == MAXPOOL && !norm),
-                    "norm_conv: a max-pool or an x to normalise, not both, and no stride");
+  TORCH_CHECK_VALUE(mode != MAXPOOL || !norm, "norm_conv: a max-pool or a norm, not both");
   const Arguments given{x};
   const int64_t c_in = x.size(1), c_out = weight.size(0);
   return run(*given.image("x", x, x.sizes()), given.floats("norm", norm, {NORM_ROWS, c_in}),
@@ -410,7 +410,7 @@ Outputs norm_conv_backward(const Tensor& grad, const MaybeTensor& out, const May
                            const MaybeTensor& extra_out, int64_t mode, int64_t height,
                            int64_t width, bool want_x, bool want_weight) {
   TORCH_CHECK_VALUE(mode == NONE || (mode == MAXPOOL && !norm),
-                    "norm_conv_backward: a max-pool or an x to normalise, not both, and no stride");
+                    "norm_conv_backward: a max-pool or a norm, not both, and no stride");
   TORCH_CHECK_VALUE(y.has_value() == back.has_value() && (extra || !extra_out),
                     "norm_conv_backward: y and back go together, extra_out needs extra");
   const Arguments given{x};

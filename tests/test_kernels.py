@@ -1,5 +1,7 @@
 """kernels/: the operator against float64, its torch rules, its build; CUDA source on a CPU."""
+import errno
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -10,6 +12,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -206,25 +209,91 @@ def test_wrong_arguments():
 
 # ---------------------------------------------------------------------------------------- build
 
-@pytest.mark.parametrize("variable, value", [("PATH", ""), ("CXX", "/bin/false"),
-                                             ("CXX", "no-such-compiler")])
-def test_what_cannot_be_built_is_one_line(monkeypatch, tmp_path, variable, value):
+@pytest.mark.parametrize("variable, value, cause", [
+    ("PATH", "", "c++"), ("CXX", "/bin/false", "/bin/false"),
+    ("CXX", "no-such-compiler", "no-such-compiler"), ("CXX", "no-such-wrapper g++", "no-such-wrap"),
+    ("TORCH_EXTENSIONS_DIR", __file__, "choose another folder by TORCH_EXTENSIONS_DIR")])
+def test_what_cannot_be_built_is_one_line(monkeypatch, tmp_path, variable, value, cause):
     monkeypatch.setattr(kernels, "_loaded", False)
+    monkeypatch.setattr(kernels, "_is_registered", lambda: False)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv(variable, value)
     with pytest.raises(kernels.BuildError) as caught:
         kernels.load()
     assert str(caught.value).startswith("the kernels cannot be built: ")
-    assert "\n" not in str(caught.value) and len(str(caught.value)) > 40
+    assert cause in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_folder_works_alone(tmp_path):
-    kernels.load()  # the copy finds this build
+def test_what_a_finished_library_is_for(monkeypatch, tmp_path):
+    """A compiler and a CPU; if it cannot be loaded it is built anew. No file system needs locks."""
+    builds = []
+
+    def build(library, *_, **__):
+        builds.append(library)
+        library.write_text("not a library")
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(kernels, "_build", build)
+    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    kernels._build_and_load()
+    kernels._build_and_load()
+    assert builds[0] == builds[1]
+
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho another compiler")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    kernels._build_and_load()
+    for features in ("flags : avx2", "flags : avx2 avx512f", "Features : asimd",
+                     "Features : asimd sve"):
+        monkeypatch.setattr(Path, "read_text", lambda self, text=features: f"processor : 0\n{text}")
+        kernels._build_and_load()
+    assert len(builds) == 7 and len(set(builds)) == 6
+
+
+def test_the_build_finds_ninja_and_a_compiler_of_several_words(monkeypatch, tmp_path):
+    for name in ("site", "scratch"):
+        (tmp_path / name).mkdir()
+    ninja = tmp_path / "site" / "ninja"
+    ninja.touch(0o700)
+    monkeypatch.setitem(sys.modules, "ninja", SimpleNamespace(BIN_DIR=str(ninja.parent)))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "/bin/echo -n compile")
+    changes = kernels._environment(tmp_path / "scratch")
+    assert shutil.which("ninja", path=changes["PATH"]) == str(ninja)
+    assert subprocess.check_output([changes["CXX"], "a b"], text=True) == "compile a b"
+
+
+def test_the_folder_works_alone(monkeypatch, tmp_path):
+    """Also with nothing but a finished library, to which it adds nothing: in a container."""
+    kernels.load()
+    found = []
+    monkeypatch.setattr(kernels, "_loads", lambda library: not found.append(library))
+    kernels._build_and_load()
+    cache = tmp_path / "cache" / found[0].parent.name
+    cache.mkdir(parents=True)
+    shutil.copy(found[0], cache)
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
     code = ("import torch; from kernels import pool_conv2d; "
             "print(pool_conv2d(torch.ones(1, 8, 4, 4), torch.ones(8, 8, 3, 3))[0].sum().item())")
-    out = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path)
+    out = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), "PATH": ""})
     assert float(out) == pytest.approx(6400)
+    assert list(cache.iterdir()) == [cache / found[0].name]
+
+
+def test_two_imports_of_the_folder_share_the_operators(monkeypatch):
+    kernels.load()
+    spec = importlib.util.spec_from_file_location("other_name", kernels.__file__)
+    other = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, other)
+    spec.loader.exec_module(other)
+    x = torch.ones(1, 8, 4, 4, requires_grad=True)
+    other.pool_conv2d(x, torch.ones(8, 8, 3, 3))[0].sum().backward()
+    assert x.grad.sum() == pytest.approx(6400)
 
 
 def test_benchmark_writes_its_table(tmp_path):
