@@ -171,17 +171,15 @@ def _build(library: Path, sources: list[Path], cuda: bool) -> None:
             link_flags.append("-fopenmp")
     if cuda:
         flags.append("-DWITH_CUDA")
-    # a local folder: torch takes a lock there, which a network's file system may not have
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        with mock.patch.dict(os.environ, _environment(scratch)):
-            cpp_extension.load("pool_conv", [str(file) for file in sources],
-                               build_directory=scratch, extra_cflags=flags,
-                               extra_cuda_cflags=["-O3"], extra_ldflags=link_flags,
-                               with_cuda=cuda, is_python_module=False)
+    with (tempfile.TemporaryDirectory(dir=library.parent, ignore_cleanup_errors=True) as scratch,
+          mock.patch.dict(os.environ, _environment(scratch)),
+          # torch's lock: this folder is ours, and a network's file system may have none
+          mock.patch.object(cpp_extension, "FileLock", contextlib.nullcontext, create=True)):
+        cpp_extension.load("pool_conv", [str(file) for file in sources], build_directory=scratch,
+                           extra_cflags=flags, extra_cuda_cflags=["-O3"],
+                           extra_ldflags=link_flags, with_cuda=cuda, is_python_module=False)
         built, = Path(scratch).glob(f"pool_conv*{cpp_extension.LIB_EXT}")
-        copy = library.with_suffix(f".{os.getpid()}")
-        shutil.copyfile(built, copy)
-        os.replace(copy, library)
+        os.replace(built, library)
 
 
 def _environment(scratch: str) -> dict[str, str]:

@@ -145,6 +145,41 @@ def test_saved_tensors_may_come_back_in_other_memory(ops):
         assert_close(results[:2], [result.double() for result in expected[:2]], 1e-6)
 
 
+class Recorder:
+    """Operators that keep their calls."""
+
+    def __init__(self, ops):
+        self.ops = ops
+        self.calls = []
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls.append((getattr(self.ops, name), arguments))
+            return getattr(self.ops, name)(*arguments)
+        return call
+
+
+def test_operators_check_every_tensor(ops, monkeypatch):
+    recorder = Recorder(ops)
+    monkeypatch.setattr(kernels.block, "ops", recorder)
+    block, x, grad = make_case(*CASES[3][:2], 24, *CASES[3][3:])
+    train(block, block, x, grad, "maxpool")
+    with torch.no_grad():
+        for operator, arguments in recorder.calls:
+            for i, tensor in enumerate(arguments):
+                if not isinstance(tensor, torch.Tensor):
+                    continue
+                fewer = tensor[:, 1:] if tensor.dim() > 1 else tensor[1:]
+                of_int = tensor.int()
+                for wrong, errors in ((fewer, ValueError), (of_int, (TypeError, RuntimeError))):
+                    if tensor.numel():
+                        with pytest.raises(errors):
+                            operator(*arguments[:i], wrong, *arguments[i + 1:])
+    weight = torch.ones(8, 8, 3, 3)
+    with pytest.raises(ValueError, match="not both"):
+        ops.norm_conv(torch.ones(1, 8, 4, 4), torch.ones(6, 8), weight, None, None, 0, 1, False)
+
+
 def test_evaluation_uses_the_running_statistics(ops):
     torch.manual_seed(0)
     block = Block(16, 32, True).eval()
@@ -166,6 +201,14 @@ def test_statistics_do_not_cancel(ops):
         center, offset, _, _, _, variance = norm.double()
         assert (center + offset - exact.mean((0, 2, 3))).abs().max() < 1e-7
         assert torch.allclose(variance, exact.var((0, 2, 3), correction=0), rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_norm_on_another_device_is_refused():
+    block = Block(16, 16, True).cuda()
+    block.norm2.cpu()
+    with pytest.raises(ValueError, match="gamma is on cpu"):
+        block(torch.ones(2, 16, 4, 4, device="cuda"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -310,6 +310,15 @@ def test_benchmark_writes_its_table(tmp_path):
 
 # ----------------------------------------------------------------------------------------- CUDA
 
+@pytest.mark.parametrize("ops", ["emulated"], indirect=True)
+def test_a_forward_pass_needs_little_scratch(ops):
+    x = torch.ones(1, 256, 2, 2)
+    weight = torch.ones(256, 256, 3, 3)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        ops.norm_conv(x, None, weight, None, None, 1e-5, 0, True)
+    assert max(event.cpu_memory_usage for event in profile.events()) < 1e6
+
+
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 def test_nvcc_accepts_the_kernels(tmp_path):
     command = "nvcc -std=c++17 -arch=compute_80 -code=sm_80,sm_90 -Werror all-warnings -c"
