@@ -72,8 +72,9 @@ def _can_fuse(x: torch.Tensor, convs: list[Module], norms: list[Module],
     if shortcut is not None:
         if not _is_plain(shortcut, Sequential) or len(shortcut) not in (0, 2):
             return False
-        convs = [*convs, *shortcut[:1]]
-        norms = [*norms, *shortcut[1:]]
+        modules = list(shortcut)
+        convs = convs + modules[:1]
+        norms = norms + modules[1:]
         sizes.append(1)
     by = 2 if downsample == "maxpool" else 1
     return (downsample != "stride"
