@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-__all__ = ["BuildError", "basic_block", "load", "pool_conv2d", "stem"]
+__all__ = ["BuildError", "basic_block", "load", "pool_conv", "pool_conv2d", "stem"]
 MODES = {"none": 0, "maxpool": 1, "stride": 2}
 _loaded = False
 _lock = threading.Lock()
@@ -232,7 +232,7 @@ def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     if isinstance(error, subprocess.CalledProcessError):
         output = (error.output or b"").decode(errors="replace").splitlines()
-        telling = re.compile("error|not found|cannot find", re.I)
+        telling = re.compile("error|not found|cannot find|undefined", re.I)
         lines = [*filter(telling.search, output), *lines]
     return lines[0].strip() if lines else type(error).__name__
 
@@ -325,4 +325,4 @@ def _register() -> None:
         return tuple(torch.stack(part) for part in zip(*outputs)), (0, 0, 0)
 
 
-from .block import basic_block, stem  # noqa: E402  needs `load`
+from .block import basic_block, pool_conv, stem  # noqa: E402  needs `load`

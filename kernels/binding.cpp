@@ -57,10 +57,11 @@ Tensor rows(int64_t count, int64_t channels, const Tensor& like) {
 template <typename T = float>
 const T* data(const MaybeTensor& x) { return x ? x->const_data_ptr<T>() : nullptr; }
 
-// The arguments of an operator beside its image x. Every tensor goes through `take`: it is on the
-// device of x, has its type and shape, and lies as the kernels read it, images NHWC, all else
-// contiguous. What autograd saved may come back in another memory format, and a view may begin
-// anywhere: the kernels read four floats at a time where the channels are a multiple of four.
+// The arguments of an operator on the image x. Every tensor, x too, goes through `take`: it is on
+// the device of x, has the right type and shape, and lies as the kernels read it, images NHWC, all
+// else contiguous, from a multiple of 16 bytes on. What autograd saved may come back in another
+// memory format, and a view may begin anywhere; but where channels are a multiple of four, the CUDA
+// kernels read four at once.
 struct Arguments {
   const Tensor& x;
 

@@ -46,8 +46,8 @@ def basic_block(x: torch.Tensor, conv1: Module, norm1: Module, conv2: Module, no
     """
     check_mode(downsample)
     if not _can_fuse(x, [conv1, conv2], [norm1, norm2], shortcut, downsample):
-        y, p = _conv(x, conv1, downsample)
-        y, _ = _conv(F.relu(norm1(y)), conv2)
+        y, p = pool_conv(x, conv1, downsample)
+        y, _ = pool_conv(F.relu(norm1(y)), conv2)
         if downsample == "stride":
             p = p[:, :, ::2, ::2]
         return F.relu(norm2(y) + (p if shortcut is None else shortcut(p)))
@@ -84,7 +84,8 @@ def _can_fuse(x: torch.Tensor, convs: list[Module], norms: list[Module],
             # of one value a channel there are no statistics; of none, torch has an opinion
             and x.dim() == 4 and len(x) * (x.shape[2] // by) * (x.shape[3] // by) > 1
             and all(map(_is_plain_conv, convs, sizes))
-            and all(_is_plain(norm, BatchNorm2d) for norm in norms)
+            and all(_is_plain(norm, BatchNorm2d) and (norm.weight is None) == (norm.bias is None)
+                    for norm in norms)
             and min(norm.num_features for norm in norms) >= 8  # else most of a vector is idle
             # the addition, else, is torch's to refuse, or to broadcast
             and (shortcut or all(len(conv.weight) == x.shape[1] for conv in convs))
@@ -107,9 +108,11 @@ def _is_plain_conv(conv: Module, size: int) -> bool:
             and conv.stride == conv.dilation == (1, 1) and conv.groups == 1 and conv.bias is None)
 
 
-def _conv(x: torch.Tensor, conv: Module,
-          downsample: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
-    """As `pool_conv2d`, and by that where it computes what the module does."""
+def pool_conv(x: torch.Tensor, conv: Module,
+              downsample: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
+    """(conv(p), p), where p is x, for "maxpool" maxpool2x2(x); for "stride", conv has twice its
+    stride in this call. By `pool_conv2d` where that computes what the module does, else the module
+    is called."""
     if _is_plain_conv(conv, 3):
         return pool_conv2d(x, conv.weight, downsample)
     p = F.max_pool2d(x, 2) if downsample == "maxpool" else x

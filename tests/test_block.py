@@ -314,6 +314,8 @@ CHANGES = [
     lambda block: setattr(block, "conv2", nn.Conv2d(24, 24, 3, padding=1, groups=4, bias=False)),
     lambda block: setattr(block, "norm1", nn.InstanceNorm2d(24, affine=True)),
     lambda block: setattr(block, "norm2", Shifted(24)),
+    lambda block: setattr(block.norm1, "track_running_stats", False),
+    lambda block: setattr(block.norm2, "bias", None),
     lambda block: setattr(block, "shortcut", nn.Conv2d(16, 24, 1)),
     lambda block: parametrizations.spectral_norm(block.conv1),
     prune_half]
