@@ -138,11 +138,13 @@ def test_saved_tensors_may_come_back_in_other_memory(ops):
         weight = nn.ParameterList([block.conv1.weight])
         cases.append((weight, lambda x, by=downsample: pool_conv2d(x, weight[0], by)[0], x, of_out))
     for layer, forward, x, grad in cases:
-        expected = train(layer, forward, x, grad)
-        layer.zero_grad()
-        with torch.autograd.graph.saved_tensors_hooks(elsewhere, lambda tensor: tensor):
-            results = train(layer, forward, x, elsewhere(grad))
-        assert_close(results[:2], [result.double() for result in expected[:2]], 1e-6)
+        results = []
+        for pack in (torch.Tensor.detach, elsewhere):
+            layer.zero_grad()
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                results.append(train(layer, forward, x, pack(grad)))
+        expected, moved = (result[:2 + len(list(layer.parameters()))] for result in results)
+        assert_close(moved, [exact.double() for exact in expected], 1e-6)
 
 
 class Recorder:
@@ -338,16 +340,17 @@ def test_other_modules_compute_what_they_say(change):
 @pytest.mark.parametrize("everywhere", [True, False])
 @pytest.mark.parametrize("downsample", ["none", "maxpool", "stride"])
 def test_hooks_see_every_module(downsample, everywhere):
+    layers, stem = make_stem(True)
     block = Block(16, 24, True)
     called = []
-    modules = [module for module in block.modules() if module is not block]
+    modules = [*layers[:2], *list(block.modules())[1:]]
     if everywhere:
         handles = [nn.modules.module.register_module_forward_hook(
             lambda module, *_: called.append(module))]
     else:
         handles = [module.register_forward_hook(lambda module, *_: called.append(module))
                    for module in modules]
-    block(torch.ones(2, 16, 8, 8), downsample)
+    block(stem(torch.ones(2, 3, 8, 8)), downsample)
     for handle in handles:
         handle.remove()
     assert set(modules) <= set(called)
