@@ -1495,7 +1495,7 @@ def show_epoch(bar: tqdm, log: list[dict], epochs: int, label: str = "") -> None
 
 # settings that change no result, or only extend it
 NOT_COMPARED = {"out", "dataset", "data_dir", "cache_dir", "device", "threads", "ground_truth",
-                "rank_every", "config", "seeds", "source"}
+                "rank_every", "config", "seeds", "source", "top"}
 held = weakref.WeakValueDictionary()  # this process's run folders: a notebook's stopped cell keeps
 # its own, and may be run again
 
@@ -1651,6 +1651,18 @@ def rank_metrics(accuracies: dict[Config, float],
                    "spearman_rho": float(spearmanr(estimated, true).statistic)}
     return metrics | {"pick_rank": 1 + sum(value > pick for value in true),
                       "regret": max(true) - pick}
+
+
+def mean_tau(rankings: list[dict]) -> float | None:
+    """Kendall tau of two rankings (accuracies by configuration) over what both have, mean over all
+    pairs: how much one of them tells about another. None without a pair."""
+    taus = []
+    for first, second in itertools.combinations(rankings, 2):
+        both = {config: first[config] for config in first if config in second}
+        tau = rank_metrics(both, second)["kendall_tau"] if both else None
+        if tau is not None:
+            taus.append(tau)
+    return mean(taus) if taus else None
 
 
 def save_ranking(run: Run, space: Space, accuracies: torch.Tensor, owners: list[int],

@@ -1,14 +1,17 @@
-"""Stage 3: train a found configuration from scratch, beside the default, on all training images.
+"""Stage 3: train found configurations from scratch, beside the default, on all training images.
 
-    python retrain.py --from runs/mixture-cifar10    # the pick of a search
-    python retrain.py --config 5,3,2 --dataset cifar10 --seeds 3
+    python retrain.py --from runs/mixture-cifar10                    # the pick of a search
+    python retrain.py --from runs/seed0 runs/seed1 --top 3           # the first three of two seeds
+    python retrain.py --config 5,3,2 --dataset cifar10 --seeds 5
     torchrun --nproc-per-node=6 retrain.py --from runs/mixture-cifar10
 
---from takes the settings of the data and the network over from the search, unless given here.
+--from takes the settings of the data and the network over from the search, unless given here; the
+ranks of several searches are averaged. Each configuration is compared with the default seed by
+seed: the same seed means the same order of images and the same crops.
 Writes runs/retrain-<dataset>/: config.json, networks/<config>-<seed>.pt (checkpoint, then the
-trained weights) and .json (accuracy, history of its epochs), results.csv (a row a finished
-network), result.json (mean and standard deviation of the test accuracy, gap to the default with a
-paired t-test over the seeds, cost of both). The same command continues a stopped run.
+trained network) and .json (accuracy, history of its epochs), results.csv (a row a finished
+network), result.json (accuracies, costs, differences to the default with intervals and p),
+comparison.png. The same command, also with a larger --top or more --seeds, goes on.
 Source: arXiv:2306.11982, section 4 (retraining).
 """
 from __future__ import annotations
@@ -20,58 +23,148 @@ from statistics import mean
 import torch
 
 import common
-from common import Run, UserError, config_name, number, rank, spread, world
+from common import Run, Space, UserError, config_name, number, rank, spread, world
 
 # what --from takes over from the search
 TAKEN_OVER = {"dataset", "data_dir", "cache_dir", "test_fraction", "image_size", "num_train",
               "arch", "num_resolutions", "downsample", "width", "metric"}
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
+def read_searches(folders: list[str]) -> tuple[dict, list[dict[str, float]]]:
+    """The settings of finished searches, which must be of the same data and network, and each
+    one's accuracies by configuration."""
+    results = []
+    for folder in folders:
+        path = Path(folder) / "result.json"
+        result = common.load(path) if path.exists() else {}
+        if "pick" not in result:
+            raise UserError(f"{folder} holds no finished search (result.json with a pick)")
+        results.append(result)
+    settings = results[0]["settings"]
+    for folder, result in zip(folders, results):
+        for name in ("data", "arch", "num_resolutions", "downsample", "width", "configs"):
+            if result["settings"].get(name) != settings.get(name):
+                raise UserError(f"{folder} is a search of another {name} than {folders[0]}")
+    if settings["arch"] not in common.ARCHS:
+        raise UserError(f"--arch {settings['arch']} is unknown here: run the script that adds it "
+                        "to common.ARCHS, and let it call retrain.main")
+    return settings, [{entry["config"]: entry["accuracy"] for entry in result["ranking"]}
+                      for result in results]
+
+
+def average_ranks(rankings: list[dict[str, float]]) -> dict[str, float]:
+    """Each configuration's rank (1 = best; ties share theirs), mean over the rankings, best
+    first."""
+    from scipy.stats import rankdata
+    ranks = [rankdata([-ranking[config] for config in rankings[0]]) for ranking in rankings]
+    means = dict(zip(rankings[0], map(mean, zip(*map(list, ranks)))))
+    return {config: float(means[config]) for config in sorted(means, key=means.get)}
+
+
+def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[dict[str, float]]]:
+    """The arguments, and the rankings of --from."""
     parser = common.make_parser(__doc__, search=False)
     choice = parser.add_mutually_exclusive_group(required=True)
-    choice.add_argument("--from", dest="source", metavar="RUN", help="run folder of a search")
+    choice.add_argument("--from", dest="source", nargs="+", metavar="RUN",
+                        help="run folders of searches that differ in nothing but, say, their seed")
     choice.add_argument("--config", metavar="N,N,N", help="the configuration, e.g. 5,3,2")
+    parser.add_argument("--top", type=number(int, 1), default=1, metavar="K",
+                        help="train the first K of the ranking of --from")
     parser.add_argument("--seeds", type=number(int, 1, 1000), default=3, metavar="N",
                         help="networks a configuration, seeds --seed, --seed + 1, ...")
 
     # the search's settings become the defaults, so --from is read before the rest
     early = common.Parser(add_help=False)
-    early.add_argument("--from", dest="source")
+    early.add_argument("--from", dest="source", nargs="+", default=[])
     source = early.parse_known_args(argv)[0].source
+    rankings = []
     if source:
-        path = Path(source) / "result.json"
-        result = common.load(path) if path.exists() else {}
-        if "pick" not in result:
-            raise UserError(f"{source} holds no finished search (result.json with a pick)")
-        settings = result["settings"]
-        if settings["arch"] not in common.ARCHS:
-            raise UserError(f"--arch {settings['arch']} is unknown here: run the script that adds "
-                            "it to common.ARCHS, and let it call retrain.main")
-        parser.set_defaults(config=result["pick"], **{
-            name: value for name, value in settings.items() if name in TAKEN_OVER})
+        settings, rankings = read_searches(source)
+        parser.set_defaults(**{name: value for name, value in settings.items()
+                               if name in TAKEN_OVER})
     args = common.fill_defaults(parser.parse_args(argv), search=False)
     if source and not (args.dataset in common.DATASET_PROTOCOLS or Path(args.dataset).exists()):
-        raise UserError(f"the data set of {source} is not at {args.dataset} any more: say where "
-                        "it is with --dataset")
-    return args
+        raise UserError(f"the data set of {source[0]} is not at {args.dataset} any more: say "
+                        "where it is with --dataset")
+    return args, rankings
 
 
-def paired_comparison(pick: list[float],
+def paired_comparison(accuracies: list[float],
                       default: list[float]) -> tuple[float, list[float] | None, float | None]:
     """Mean difference of accuracies paired by seed; its 95 % interval and p by Student's paired
-    t-test, None where the differences have no spread. The same seed means the same order of
-    images and the same crops."""
+    t-test, None where the differences have no spread."""
     from scipy.stats import ttest_rel
-    differences = [a - b for a, b in zip(pick, default)]
+    differences = [a - b for a, b in zip(accuracies, default)]
     if spread(differences) < 1e-12:
         return mean(differences), None, None
-    test = ttest_rel(pick, default)
+    test = ttest_rel(accuracies, default)
     return mean(differences), list(test.confidence_interval()), float(test.pvalue)
 
 
+def holm(p_values: dict[str, float]) -> dict[str, float]:
+    """The p values, corrected for being several (Holm 1979)."""
+    corrected = {}
+    largest = 0.0
+    for i, name in enumerate(sorted(p_values, key=p_values.get)):
+        largest = max(largest, min(1.0, (len(p_values) - i) * p_values[name]))
+        corrected[name] = largest
+    return corrected
+
+
+def compare(accuracies: dict[str, list[float]], space: Space) -> dict[str, dict]:
+    """What result.json says of each configuration, the most accurate first."""
+    default = config_name(space.default)
+    entries = {}
+    for name in sorted(accuracies, key=lambda name: -mean(accuracies[name])):
+        values = accuracies[name]
+        macs = space.macs[common.parse_config(name)]
+        entries[name] = {"test_accuracy": mean(values), "std": spread(values),
+                         "seeds": len(values), "macs": macs,
+                         "cost": macs / space.macs[space.default]}
+        if name != default:
+            difference, interval, p = paired_comparison(values, accuracies[default])
+            entries[name] |= {"difference": difference, "interval": interval, "p_value": p}
+    tested = {name: entry["p_value"] for name, entry in entries.items()
+              if entry.get("p_value") is not None}
+    for name, p in holm(tested).items():
+        entries[name]["p_holm"] = p
+    return entries
+
+
+def conclusion(entries: dict[str, dict]) -> str:
+    """One sentence: what the comparison shows, and what it cannot."""
+    tested = {name: entry for name, entry in entries.items() if "p_holm" in entry}
+    if not tested:
+        return "Nothing can be concluded from a difference without spread: give more --seeds."
+    better = [f"{name} ({entry['difference']:+.4f} at {entry['cost']:.2f} times the cost)"
+              for name, entry in tested.items()
+              if entry["p_holm"] < 0.05 and entry["difference"] > 0]
+    half = mean((entry["interval"][1] - entry["interval"][0]) / 2 for entry in tested.values())
+    seeds = next(iter(tested.values()))["seeds"]
+    return (f"Shown to beat the default (5 % level, Holm over {len(tested)}): "
+            f"{', '.join(better) or 'none'}; {seeds} seeds tell differences above about {half:.4f} "
+            "from chance, for these epochs and this data alone.")
+
+
+def plot(path: Path, accuracies: dict[str, list[float]], entries: dict[str, dict],
+         default: str) -> None:
+    """Accuracy of each seed, and the mean, over the cost."""
+    from matplotlib.figure import Figure
+    axes = Figure(figsize=(7, 5), layout="constrained").subplots()
+    for name, entry in entries.items():
+        color = "tab:orange" if name == default else "tab:blue"
+        axes.plot([entry["cost"]] * entry["seeds"], accuracies[name], "_", color=color)
+        axes.plot(entry["cost"], entry["test_accuracy"], "o", color=color)
+        axes.annotate(name, (entry["cost"], entry["test_accuracy"]), (6, 0),
+                      textcoords="offset points")
+    axes.set(xlabel="multiply-adds, relative to the default's (orange)",
+             ylabel="test accuracy (bars: seeds; dots: means)")
+    axes.grid(alpha=0.3)
+    common.save_figure(axes.figure, path)
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = arguments(argv)
+    args, rankings = arguments(argv)
     common.join_ranks()
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
@@ -81,10 +174,16 @@ def main(argv: list[str] | None = None) -> None:
 
     train, test = data = common.load_dataset(args)
     space = common.search_space(args, train)
-    pick = common.parse_config(args.config, space.default)
-    configs = list(dict.fromkeys([pick, space.default]))
+    mean_ranks = average_ranks(rankings) if rankings else {args.config: 1.0}
+    chosen = [common.parse_config(name, space.default) for name in [*mean_ranks][:args.top]]
+    configs = list(dict.fromkeys([*chosen, space.default]))
     seeds = range(args.seed, args.seed + args.seeds)
     run = Run("retrain", args, data, space)
+    agreement = common.mean_tau(rankings)
+    if agreement is not None:
+        print(f"{len(rankings)} searches agree with Kendall tau {agreement:.3f}, mean over pairs; "
+              "by mean rank: " + ", ".join(f"{name} ({mean_ranks[name]:.1f})"
+                                           for name in [*mean_ranks][:max(5, args.top)]))
     print(f"{len(configs)} configurations x {args.seeds} seeds x {args.epochs} epochs:",
           common.describe(args, train, test, run.folder), flush=True)
     pairs = [(config, seed) for seed in seeds for config in configs]
@@ -92,28 +191,30 @@ def main(argv: list[str] | None = None) -> None:
     if rank > 0:
         return
 
-    rows = [row for row in common.collect_results(run.folder) if row["seed"] in seeds]
-    accuracies = common.by_config(rows)
-    summary = {}
-    print("\nconfiguration      test accuracy  seeds  Mmult-adds")
-    for config in configs:
-        name = config_name(config)
-        values = accuracies[config]
-        summary[name] = {"test_accuracy": mean(values), "std": spread(values),
-                         "seeds": len(values), "macs": space.macs[config]}
-        print(f"{name:13}  {mean(values):.4f} +- {spread(values):.4f}  {len(values):5}  "
-              f"{space.macs[config] / 1e6:10.1f}" + "  default" * (config == space.default))
-
-    gap, interval, p = paired_comparison(accuracies[pick], accuracies[space.default])
+    accuracies = {config_name(config): [] for config in configs}
+    for row in common.collect_results(run.folder):
+        if row["seed"] in seeds and row["config"] in accuracies:
+            accuracies[row["config"]].append(row["test_accuracy"])
+    default = config_name(space.default)
+    entries = compare(accuracies, space)
     common.save(run.folder / "result.json", run.record | {
-        "found": config_name(pick), "default": config_name(space.default), "gap": gap,
-        "gap_interval": interval, "p_value": p, "configs": summary})
-    conclusion = f"{config_name(pick)} is {gap:+.4f} against the default"
-    if interval:
-        conclusion += (f", paired over the seeds: 95 % {interval[0]:+.4f} to {interval[1]:+.4f}, "
-                       f"p = {p:.3f}")
-    print(f"\n{conclusion}\nthe trained network, for common.load_network: "
-          f"{run.folder}/networks/{config_name(pick)}-{args.seed}.pt")
+        "chosen": [config_name(config) for config in chosen], "default": default,
+        "mean_ranks": mean_ranks, "kendall_tau_between_searches": agreement, "configs": entries})
+    plot(run.folder / "comparison.png", accuracies, entries, default)
+
+    print("\nconfiguration      test accuracy  cost  against the default, 95 %       p (Holm)")
+    for name, entry in entries.items():
+        line = (f"{name:13}  {entry['test_accuracy']:.4f} +- {entry['std']:.4f}  "
+                f"{entry['cost']:4.2f}")
+        if "difference" in entry:
+            line += f"  {entry['difference']:+.4f}"
+        if "p_holm" in entry:
+            low, high = entry["interval"]
+            line += f" ({low:+.4f} to {high:+.4f})  {entry['p_holm']:.3f}"
+        print(line + "  default" * (name == default))
+    print(conclusion(entries))
+    print("the most accurate one's trained network, for common.load_network: "
+          f"{run.folder}/networks/{next(iter(entries))}-{args.seed}.pt")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Source: arXiv:2306.11982, section 4 (brute force).
 """
 from __future__ import annotations
 
-import itertools
 import math
 from statistics import mean
 
@@ -20,21 +19,6 @@ import torch
 
 import common
 from common import Run, config_name, number, rank, spread, world
-
-
-def tau_between_seeds(rows: list[dict]) -> float | None:
-    """Kendall tau of two seeds' accuracies over the configurations that both have, mean over the
-    pairs of seeds: what one training of everything tells about the next. None without a pair."""
-    seeds = {}
-    for row in rows:
-        seeds.setdefault(row["seed"], {})[row["config"]] = row["test_accuracy"]
-    taus = []
-    for first, second in itertools.combinations(seeds.values(), 2):
-        both = {name: first[name] for name in first if name in second}
-        tau = common.rank_metrics(both, second)["kendall_tau"] if both else None
-        if tau is not None:
-            taus.append(tau)
-    return mean(taus) if taus else None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,7 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     accuracies = common.by_config(rows)
     means = {config: mean(values) for config, values in accuracies.items()}
     order = sorted(means, key=means.get, reverse=True)
-    tau = tau_between_seeds(rows)
+    by_seed = {}
+    for row in rows:
+        by_seed.setdefault(row["seed"], {})[row["config"]] = row["test_accuracy"]
+    tau = common.mean_tau(list(by_seed.values()))
     between_configs = spread(list(means.values()))
     variances = [spread(values) ** 2 for values in accuracies.values() if len(values) > 1]
     between_seeds = math.sqrt(mean(variances)) if variances else 0.0

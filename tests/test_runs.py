@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import pickle
 import re
@@ -48,7 +49,8 @@ COMMANDS = {  # each in a folder of its name, in this order: they read what othe
     "train_exhaustive": (*FEW, "--seeds", "2", "--epochs", "2"),
     "search_single": (*FEW, *TRUTH, "--epochs", "4", "--rank-every", "2"),
     "search_mixture": (*FEW, *TRUTH, "--epochs", "4", "--rank-every", "2", "--num-supernets", "3"),
-    "retrain": ("--from", "../search_mixture/runs/mixture-digits", *NATIVE, "--seeds", "2",
+    "retrain": ("--from", "../search_mixture/runs/mixture-digits",
+                "../search_single/runs/single-digits", "--top", "2", *NATIVE, "--seeds", "2",
                 "--epochs", "2", "--batch-size", "32")}
 
 
@@ -206,7 +208,7 @@ def test_a_cell_is_interrupted_and_run_again_and_one_runs_in_a_thread(tmp_path, 
 
 
 @pytest.mark.parametrize("metric, accuracies, chance, warning", [
-    ("accuracy", [0.95, 0.7, 0.9, 0.8], 0.95, "warning: the best is no better than the same answer"),
+    ("accuracy", [0.95, 0.7, 0.9, 0.8], 0.95, "warning: the best is no better than the same "),
     ("accuracy", [0.96, 0.7, 0.9, 0.96], 0.95, "warning: 2 configurations share the best accuracy"),
     ("balanced", [0.7, 0.8, 0.9, 0.8], 0.5, "pick: 5,3,2; that costs no more")])
 def test_picks_and_what_is_none(metric, accuracies, chance, warning, small_images, tmp_path,
@@ -233,18 +235,55 @@ def test_picks_and_what_is_none(metric, accuracies, chance, warning, small_image
     assert costs == {"1,1,8": 0.46, "4,3,3": 1, "5,3,2": 1.54, "8,1,1": 3.66}
 
 
-def test_retrain_takes_the_pick_and_its_settings(finished):
+def test_retrain_compares_the_first_of_averaged_ranks_with_the_default(finished, tmp_path):
     folder, printed = finished
     path = folder / "retrain/runs/retrain-digits"
     result = common.load(path / "result.json")
-    pick = common.load(folder / "search_mixture/runs/mixture-digits/result.json")["pick"]
-    assert set(result["configs"]) == {pick, "4,3,3"} and f"\n{pick} is " in printed["retrain"]
+    mean_ranks = dict.fromkeys(CONFIGS, 0.0)
+    for search in folder.glob("search_*/runs/*/result.json"):
+        ranking = {entry["config"]: entry["accuracy"] for entry in common.load(search)["ranking"]}
+        for name, value in ranking.items():  # of two searches, ties share their ranks
+            above, equal = (sum(map(compare, ranking.values(), itertools.repeat(value)))
+                            for compare in (operator.gt, operator.eq))
+            mean_ranks[name] += (above + (1 + equal) / 2) / 2
+    assert result["mean_ranks"] == pytest.approx(mean_ranks)
+    assert {mean_ranks[name] for name in result["chosen"]} == set(sorted(mean_ranks.values())[:2])
+    assert set(result["configs"]) == {*result["chosen"], "4,3,3"}
     assert result["settings"]["width"] == 0.25 and result["settings"]["num_train"] == 320
+    by_seed = {}
     for name, entry in result["configs"].items():
-        accuracies = [common.load(path / "networks" / f"{name}-{seed}.json")["test_accuracy"]
-                      for seed in (0, 1)]
-        assert (entry["seeds"], entry["test_accuracy"]) == (2, pytest.approx(np.mean(accuracies)))
-        assert entry["std"] == pytest.approx(np.std(accuracies, ddof=1))
+        by_seed[name] = [common.load(path / "networks" / f"{name}-{seed}.json")["test_accuracy"]
+                         for seed in (0, 1)]
+        assert entry["test_accuracy"] == pytest.approx(np.mean(by_seed[name]))
+        assert entry["std"] == pytest.approx(np.std(by_seed[name], ddof=1))
+        if name != "4,3,3":
+            expected = np.mean(by_seed[name]) - np.mean(by_seed["4,3,3"])
+            assert entry["difference"] == pytest.approx(expected)
+    values = [entry["test_accuracy"] for entry in result["configs"].values()]
+    assert values == sorted(values, reverse=True)
+    assert (path / "comparison.png").stat().st_size > 10_000
+    assert "2 searches agree with Kendall tau" in printed["retrain"]
+
+    shutil.copytree(folder / "retrain/runs", tmp_path / "runs")
+    argv = [*arguments_of("retrain", finished), "--top", "3", "--seeds", "3"]
+    code, out, err = run(tmp_path, "retrain", *argv)
+    new = len(set(result["mean_ranks"]) - set(result["configs"]))  # 1, or all were trained
+    assert (code, err) == (0, "") and out.count("epoch 1 ") in (3, 3 + 3 * new)
+
+
+def test_conclusions_by_hand():
+    assert retrain.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06})
+    assert retrain.average_ranks([{"a": 0.9, "b": 0.9, "c": 0.1}, {"a": 0.1, "b": 0.2, "c": 0.3}]) \
+        == {"b": 1.75, "c": 2.0, "a": 2.25}
+    entries = {"a": {"difference": 0.02, "interval": [0.01, 0.03], "p_holm": 0.01, "cost": 1.5,
+                     "seeds": 3},
+               "b": {"difference": 0.01, "interval": [-0.01, 0.03], "p_holm": 0.2, "cost": 1.1,
+                     "seeds": 3}, "4,3,3": {"seeds": 3}}
+    assert "Holm over 2): a (+0.0200 at 1.50 times the cost); 3 seeds tell differences above " \
+        "about 0.0150" in retrain.conclusion(entries)
+    del entries["a"]
+    assert "Holm over 1): none; 3 seeds" in retrain.conclusion(entries)
 
 
 def test_more_seeds_and_configurations_extend_stage_1_and_its_weights_are_usable(tmp_path):
@@ -264,13 +303,12 @@ def test_more_seeds_and_configurations_extend_stage_1_and_its_weights_are_usable
         assert accuracy == float(row["test_accuracy"])
 
 
-def test_tau_between_seeds():
-    accuracies = {0: [0.1, 0.2, 0.3, 0.4], 1: [0.1, 0.3, 0.2], 2: [0.5]}
-    rows = [{"config": name, "seed": seed, "test_accuracy": accuracy}
-            for seed, column in accuracies.items() for name, accuracy in zip(CONFIGS, column)]
-    # of the pairs of 0 and 1 two agree and one does not; a single configuration has no ranking
-    assert train_exhaustive.tau_between_seeds(rows) == pytest.approx(1 / 3)
-    assert train_exhaustive.tau_between_seeds(rows[:4]) is None
+def test_mean_tau():
+    rankings = [dict(zip(CONFIGS, column))
+                for column in ([0.1, 0.2, 0.3, 0.4], [0.1, 0.3, 0.2], [0.5])]
+    # of the pairs of the first two, two agree and one does not; one configuration is no ranking
+    assert common.mean_tau(rankings) == pytest.approx(1 / 3)
+    assert common.mean_tau(rankings[:1]) is None
 
 
 def test_paired_comparison_by_hand():
@@ -478,6 +516,7 @@ def test_a_weight_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     ("retrain", "--config 5,3,1", "add to 10"),
     ("retrain", "--from nowhere", "nowhere"),
     ("retrain", "--from foreign", "foreign"),
+    ("retrain", "--from one two", "two is a search of another width than one"),
     ("retrain", "", "one of the arguments --from --config is required")])
 def test_mistakes_end_with_one_line_and_leave_everything(stage, argv, message, tmp_path):
     (tmp_path / "file").write_text("not a folder")
@@ -486,6 +525,10 @@ def test_mistakes_end_with_one_line_and_leave_everything(stage, argv, message, t
     (tmp_path / "foreign").mkdir()
     for file in ("config.json", "result.json"):
         (tmp_path / "foreign" / file).write_text('{"settings": {"stage": "mixture"}}')
+    for i, name in enumerate(("one", "two")):
+        (tmp_path / name).mkdir()
+        settings = {"arch": "resnet20", "width": i}
+        common.save(tmp_path / name / "result.json", {"settings": settings, "pick": "4,3,3"})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     check_error(run(tmp_path, stage, *argv.split(), *NATIVE), 2, message)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*")
