@@ -1511,7 +1511,8 @@ class Run:
 
     def __init__(self, stage: str, args: argparse.Namespace, data: tuple[Images, Images],
                  space: Space, extensible: set[str] = set()):
-        self.folder = Path(args.out or f"runs/{stage}-{Path(args.dataset).resolve().stem}")
+        name = Path(args.dataset).resolve().name.removesuffix(".npz")
+        self.folder = Path(args.out or f"runs/{stage}-{name}")
         settings = {"stage": stage, "data": fingerprint(data)}
         config = self.folder / "config.json"
         asked = args.kernel

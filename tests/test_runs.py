@@ -567,7 +567,7 @@ def test_the_network_of_the_readme_is_searched_and_retrained(tmp_path, monkeypat
     script, *argv = shlex.split(re.search("next: python (.*)", out)[1])
     assert script == str(tmp_path / "my_search.py")
     out = run_alone(tmp_path, [], "my_search.py", *argv, "--seeds", "1", "--batch-size", "32")
-    assert "the trained network, for common.load_network: runs/retrain-digits/networks/" in out
+    assert "for common.load_network: runs/retrain-digits/networks/" in out
 
 
 PIECES = {
