@@ -27,7 +27,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 import weakref
 import zipfile
 from collections import Counter
@@ -237,7 +236,7 @@ def join_ranks() -> None:
     """
     if world == 1 or dist.is_initialized():
         return
-    if "MASTER_ADDR" not in os.environ:
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise UserError("WORLD_SIZE is set, but nothing else of torchrun's: start with torchrun, "
                         "or unset RANK and WORLD_SIZE")
     # what waits for another rank is not Python, which would not notice Ctrl-C
@@ -245,6 +244,7 @@ def join_ranks() -> None:
     waiting = threading.Timer(10, print, (
         f"rank {rank} waits for {world - 1} others at {os.environ['MASTER_ADDR']}; if RANK and "
         "WORLD_SIZE are left over, unset them",), {"file": sys.stderr})
+    waiting.daemon = True
     waiting.start()
     # torchrun's store outlives a restart, and with it the addresses of the processes that died
     store, *_ = next(dist.rendezvous("env://"))
@@ -437,26 +437,30 @@ def read_arrays(args: argparse.Namespace) -> dict[str, np.ndarray]:
     to be split off, and the names of the classes."""
     name = args.dataset
     data_dir = Path(args.data_dir)
+    size = args.image_size
     if name in DATASET_PROTOCOLS:
-        size = args.image_size if name == "food101" else 32
+        size = size if name == "food101" else 32
         key = f"{name}-{size}" if name == "food101" else name
-        open_parts = partial(open_torchvision, name, data_dir, size)
+        open_parts = partial(open_torchvision, name, data_dir)
     elif os.path.isdir(name):
-        listing = list_images(Path(name))
-        size = args.image_size or 32
-        key = f"{Path(name).resolve().name}-{digest(listing)}-{size}"
-        open_parts = partial(open_folder, Path(name), listing, size)
+        size = size or 32
+        try:
+            listing = list_images(Path(name))
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+        key = f"{Path(name).resolve().name[:80]}-{digest(listing)}-{size}"
+        open_parts = partial(open_folder, Path(name), listing)
     elif name.endswith(".npz") and os.path.isfile(name):
         state = os.stat(name)
-        size = args.image_size
-        key = f"{Path(name).stem}-{digest((state.st_size, state.st_mtime_ns))}-{size or 'native'}"
-        open_parts = partial(open_npz, name, size)
+        key = f"{Path(name).name[:80]}-{digest((state.st_size, state.st_mtime_ns))}-{size}"
+        open_parts = partial(open_npz, name)
     else:
         raise UserError(f"unknown data set {name!r}: choose {', '.join(DATASET_PROTOCOLS)}, or "
                         "give a folder of images, or an .npz file")
 
-    home = Path("~/.cache/cnn-pooling").expanduser()
-    places = [Path(args.cache_dir)] if args.cache_dir else [data_dir, home]
+    places = [data_dir, Path("~/.cache/cnn-pooling").expanduser()]
+    if args.cache_dir:
+        places = [Path(args.cache_dir)]
     for place in (*places, data_dir):  # reading needs no right to write
         if (place / key).exists():
             return read_cache(place / key)
@@ -469,7 +473,11 @@ def read_arrays(args: argparse.Namespace) -> dict[str, np.ndarray]:
             continue
         with locked:
             if not (place / key).exists():
-                write_cache(place / key, *open_parts())
+                parts, classes = open_parts()
+                if len(classes) < 2 or not all(map(len, parts.values())):
+                    raise UserError(f"{name}: images of two or more classes are needed, found "
+                                    f"{', '.join(classes) or 'none'}")
+                write_cache(place / key, parts, classes, size)
         return read_cache(place / key)
     raise UserError(f"no cache can be written ({refusal}): give another --cache-dir")
 
@@ -491,11 +499,11 @@ def read_digits() -> dict[str, np.ndarray]:
 
 
 # What the functions below return: pairs (image, label) by part, "train" and maybe "test", the image
-# one of PIL's, an array or a path; the names of the classes; the size of the images to be made.
-Parts = tuple[dict[str, Sequence], list[str], int]
+# one of PIL's, an array or a path; the names of the classes.
+Parts = tuple[dict[str, Sequence], list[str]]
 
 
-def open_torchvision(name: str, data_dir: Path, size: int) -> Parts:
+def open_torchvision(name: str, data_dir: Path) -> Parts:
     """A data set of torchvision's, downloaded into `data_dir` unless its files are there."""
     from torchvision import datasets, transforms
     sources = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100,  # 28x28: a border of 0
@@ -510,116 +518,134 @@ def open_torchvision(name: str, data_dir: Path, size: int) -> Parts:
     except Exception as error:  # network, archive, checksum: the advice is the same
         raise UserError(f"cannot download {name} ({str(error) or type(error).__name__}): put its "
                         f"official files into {data_dir}, as torchvision keeps them") from error
-    return parts, parts["train"].classes, size
+    return parts, parts["train"].classes
 
 
-def open_npz(path: str, size: int | None) -> Parts:
+def open_npz(path: str) -> Parts:
     """A file as MedMNIST ships them: {train,test}_images, uint8 (N,H,W), (N,H,W,1) or (N,H,W,3),
     and {train,test}_labels, integers (N,) or (N,1)."""
     parts = {}
     try:
         with np.load(path) as file:
+            classes = np.unique(file["train_labels"]).tolist()
             for part in ("train", "test") if "test_images" in file else ("train",):
                 images = file[f"{part}_images"]
                 labels = file[f"{part}_labels"]
-                if images.dtype != np.uint8 or images.shape[3:] not in ((), (1,), (3,)):
+                if images.dtype != np.uint8 or images.ndim not in (3, 4) \
+                        or images.shape[3:] not in ((), (1,), (3,)):
                     raise ValueError(f"{part}_images: {images.dtype} {images.shape}, not uint8 "
                                      "(N,H,W), (N,H,W,1) or (N,H,W,3)")
                 if labels.dtype.kind not in "iu" or labels.size != len(images):
                     raise ValueError(f"{part}_labels: {labels.dtype} {labels.shape}, not one "
                                      "integer for each image")
-                if part == "train":
-                    classes = sorted(set(labels.flat))
-                for label in set(labels.flat) - set(classes):
-                    raise ValueError(f"{part}_labels: {label} is no training image's")
+                if not np.isin(labels, classes).all():
+                    raise ValueError(f"{part}_labels: one is no training image's")
                 images = images.squeeze(3) if images.shape[3:] == (1,) else images
-                parts[part] = list(zip(images, map(classes.index, labels.flat)))
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot use {path}: {error}") from error
-    return parts, list(map(str, classes)), size or min(parts["train"][0][0].shape[:2])
+                parts[part] = list(zip(images, np.searchsorted(classes, labels.ravel()).tolist()))
+    except (OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot use {path}, with arrays train_images, train_labels, test_images, "
+                        f"test_labels: {error}") from error
+    return parts, list(map(str, classes))
+
+
+def list_folders(folder: Path) -> list[Path]:
+    """The folders in a folder that are not hidden."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
+def list_files(folder: Path) -> Iterator[Path]:
+    """All files below a folder, through links, but for those that lead back up."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir():
+            yield path
+        elif not folder.resolve().is_relative_to(path.resolve()):
+            yield from list_files(path)
 
 
 def list_images(root: Path) -> list[tuple]:
-    """All images of a folder, links followed: (part, class, path in `root`, size, time). They lie
-    in train/<class>/ and test/<class>/ or val/<class>/, or, without train/, in <class>/. Prints
-    what it leaves out; which endings are images' is torchvision's rule."""
+    """All images of a folder: (part, class, path in `root`, size, time). They lie in train/<class>/
+    and test/<class>/ or val/<class>/ (names may go on) or, without train/, in <class>/. Prints
+    what it leaves out; torchvision says which endings are images'. UserError if it cannot tell."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    def find(*names: str) -> Iterator[Path]:
-        for name in names:
-            for folder in root.iterdir():
-                if folder.name.lower() == name and any(map(Path.is_dir, folder.glob("[!.]*"))):
-                    yield folder
-
-    parts = [("train", next(find("train", "training"), root))]
-    parts += [("test", folder) for folder in find("test", "testing", "val", "valid", "validation")]
     listing = []
     left_out = Counter()
-    unreadable = []
-    for part, base in parts[:2]:
-        walk = os.walk(base, onerror=unreadable.append, followlinks=True)
-        for path in sorted(Path(parent, name) for parent, _, names in walk for name in names):
-            inside = path.relative_to(base).parts
-            if any(name.startswith(".") for name in inside):
-                left_out["hidden"] += 1
-            elif path.suffix.lower() not in IMG_EXTENSIONS:
-                left_out[f"*{path.suffix}"] += 1
-            elif len(inside) == 1:
-                left_out["beside the classes"] += 1
-            elif not path.exists():
-                left_out["links to nothing"] += 1
-            else:
-                state = path.stat()
-                listing.append((part, inside[0], str(path.relative_to(root)), state.st_size,
-                                state.st_mtime_ns))
-    if unreadable:
-        raise UserError(f"cannot read {unreadable[0]}")
+    folders = [folder for folder in list_folders(root) if list_folders(folder)]
+    train, test, val = ([folder for folder in folders if folder.name.lower().startswith(name)]
+                        for name in ("train", "test", "val"))
+    parts = {"train": train, "test": test or val} if train else {"train": [root]}
+    for part, bases in parts.items():
+        if len(bases) > 1:
+            raise UserError(f"{root}: which are the {part} images, {bases[0].name}/ or "
+                            f"{bases[1].name}/?")
+        for label in list_folders(bases[0]) if bases else ():
+            before = len(listing)
+            for path in list_files(label):
+                if any(name[0] == "." for name in path.relative_to(label).parts):
+                    left_out["hidden"] += 1
+                elif path.suffix.lower() not in IMG_EXTENSIONS:
+                    left_out[f"*{path.suffix}"] += 1
+                elif not path.is_file():
+                    left_out["that lead to no file"] += 1
+                else:
+                    state = path.stat()
+                    listing.append((part, label.name, str(path.relative_to(root)), state.st_size,
+                                    state.st_mtime_ns))
+            if len(listing) == before:
+                left_out[f"{label.relative_to(root)}/ without an image"] += 1
+    for folder in list_folders(root) if train else ():
+        if [folder] not in parts.values():
+            left_out[f"{folder.name}/"] += 1
     if left_out:
         counts = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
-        print(f"files of {root} that are left out: {counts}", flush=True)
+        print(f"left out of {root}: {counts}", flush=True)
     return listing
 
 
-def open_folder(root: Path, listing: list[tuple], size: int) -> Parts:
+def open_folder(root: Path, listing: list[tuple]) -> Parts:
     """The images that `list_images` found. UserError if the parts have other classes."""
-    train, test = ({name for part, name, *_ in listing if part == wanted}
-                   for wanted in ("train", "test"))
-    if len(train) < 2:
-        raise UserError(f"{root}: expected images in train/<class>/ and test/<class>/, of two or "
-                        f"more classes; found {', '.join(train) or 'none'}")
+    parts = {part: [] for part, *_ in listing}
+    train, test = ({row[1] for row in listing if row[0] == part} for part in ("train", "test"))
     if test and test != train:
-        raise UserError(f"{root}: only train/ has {', '.join(sorted(train - test)) or 'no class'}, "
-                        f"only the other part has {', '.join(sorted(test - train)) or 'no class'}")
+        raise UserError(f"{root}: only among the training images: {', '.join(sorted(train - test))}"
+                        f"; only among the others: {', '.join(sorted(test - train))}")
     classes = sorted(train)
-    parts = {"train": [], "test": []} if test else {"train": []}
     for part, name, path, *_ in listing:
         parts[part].append((root / path, classes.index(name)))
-    return parts, classes, size
+    return parts, classes
+
+
+TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270",
+         "TRANSVERSE", "ROTATE_90")  # what EXIF's orientations 2 to 8 ask for
 
 
 def open_image(path: str | Path):
     """The image as a viewer shows it, PIL's in RGB: turned as EXIF says, on white where it is
     transparent, 16 bits as 8. UserError naming the file and what is in it."""
-    from PIL import Image, ImageOps
-    warnings.simplefilter("error", Image.DecompressionBombWarning)  # over 89 million pixels
+    from PIL import Image
     kind = None
     try:
         with Image.open(path) as image:
             kind = image.format
             if kind not in ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP"):
                 raise ValueError("a format that is not read")  # some would start a program
-            image = ImageOps.exif_transpose(image)
+            turn = image.getexif().get(0x0112)
             if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
                 pixels = np.asarray(image.convert("I")) >> 8
+                if kind == "TIFF" and image.tag_v2.get(262) == 0:  # white is 0
+                    pixels = 255 - pixels
                 image = Image.fromarray(pixels.astype(np.uint8))
             if image.mode in ("I", "F"):
                 raise ValueError("32 bits a pixel: the range is unknown")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            if turn in range(2, 9):
+                image = image.transpose(Image.Transpose[TURNS[turn - 2]])
             return image.convert("RGB")
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file raises many kinds
-        raise UserError(f"{path} ({kind}: {error})" if kind else f"{path} (no image)") from error
+        raise UserError(f"{path} ({kind or 'no image'}: {error})") from error
 
 
 def square(image, size: int) -> np.ndarray:
@@ -649,9 +675,12 @@ def read_squares(part: Sequence, size: int) -> Iterator[tuple[np.ndarray | UserE
             yield from pool.map(read, range(start, min(start + 256, len(part))))
 
 
-def write_cache(cache: Path, parts: dict[str, Sequence], classes: list[str], size: int) -> None:
+def write_cache(cache: Path, parts: dict[str, Sequence], classes: list[str],
+                size: int | None) -> None:
     """The folder `cache`: {train,test}_{images,labels}.npy, classes.npy. It appears when it is
-    complete. UserError naming all images that cannot be read."""
+    complete. size: None for that of the first image. UserError naming images that cannot be read.
+    """
+    size = size or min(parts["train"][0][0].shape[:2])
     temporary = cache.with_name(f"tmp-{cache.name}")
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
     temporary.mkdir()
@@ -673,7 +702,8 @@ def write_cache(cache: Path, parts: dict[str, Sequence], classes: list[str], siz
     np.save(temporary / "classes.npy", np.array(classes))
     if unreadable:
         shutil.rmtree(temporary)
-        raise UserError("mend or remove what cannot be read: " + "; ".join(unreadable))
+        more = f"; and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
+        raise UserError(f"mend or remove what cannot be read: {'; '.join(unreadable[:20])}{more}")
     os.rename(temporary, cache)
 
 
@@ -714,8 +744,8 @@ def choose_images(arrays: dict[str, np.ndarray], args: argparse.Namespace) -> di
         raise UserError(f"--test-fraction: {args.dataset} has a test set of its own")
     if "test_images" not in arrays:
         if not args.test_fraction:
-            raise UserError(f"{args.dataset} has no test/ or val/: --test-fraction 0.2 splits a "
-                            "test set off")
+            raise UserError(f"{args.dataset} has no test set (test/ or val/ of a folder, "
+                            "test_images of a file): --test-fraction 0.2 splits one off")
         arrays = split_test(arrays, args.test_fraction)
     labels = arrays["train_labels"]
     if (args.num_train or 0) > len(labels):
@@ -781,9 +811,11 @@ def make_images(arrays: dict[str, np.ndarray], recipe: dict,
 
 def describe(args: argparse.Namespace, first: Images, second: Images, folder: Path) -> str:
     """What a stage prints as it begins: the network, the images of both sets, the machine."""
+    classes = ", ".join(first.classes[:10]) + ", ..." * (len(first.classes) > 10)
     return (f"{args.arch} on {args.dataset}, {len(first)} + {len(second)} images "
-            f"{first.size}x{first.size}, {len(first.classes)} classes; {world} x {args.device}, "
-            f"{args.kernel} kernels, {args.threads} threads; writing to {folder}")
+            f"{first.size}x{first.size}, {len(first.classes)} classes ({classes}); "
+            f"{world} x {args.device}, {args.kernel} kernels, {args.threads} threads; "
+            f"writing to {folder}")
 
 
 def stratified_split(labels: np.ndarray, first: int, seed: int,
@@ -791,21 +823,17 @@ def stratified_split(labels: np.ndarray, first: int, seed: int,
     """Split 0..N-1 into index arrays of `first` and N - `first` images, stratified by class; each
     has all classes. UserError naming the class that is too small for it."""
     from sklearn.model_selection import train_test_split
-    where = f"{first} and {len(labels) - first} of {len(labels)} images"
-    counts = np.bincount(labels, minlength=len(classes))
-    smallest = counts.argmin()
-    if counts[smallest] < 2:
-        raise UserError(f"cannot split into {where}: class {classes[smallest]!r} has "
-                        f"{counts[smallest]} image, too few for both")
     try:
         parts = train_test_split(np.arange(len(labels)), train_size=first, stratify=labels,
                                  random_state=seed % 2 ** 32)
-    except ValueError as error:
-        raise UserError(f"cannot split into {where}: {error}") from error
-    for part in parts:
-        if len(np.unique(labels[part])) < len(classes):
-            raise UserError(f"cannot split into {where}: class {classes[smallest]!r} has "
-                            f"{counts[smallest]} images, too few for both")
+        complete = all(len(np.unique(labels[part])) == len(classes) for part in parts)
+    except ValueError:  # sklearn wants one of each class, too
+        complete = False
+    if not complete:
+        counts = np.bincount(labels, minlength=len(classes))
+        raise UserError(f"cannot split {len(labels)} images into {first} and {len(labels) - first} "
+                        f"with each of {len(classes)} classes in both; the smallest, "
+                        f"{classes[counts.argmin()]}, has {counts.min()}")
     return np.sort(parts[0]), np.sort(parts[1])
 
 
@@ -882,10 +910,10 @@ def search_space(args: argparse.Namespace, images: Images) -> Space:
                         "resolutions") from error
     if "configs" in args and args.configs:
         configs = list(dict.fromkeys(parse_config(text, default) for text in args.configs))
-    if "max_macs" in args and args.max_macs:
+    if "max_macs" in args and args.max_macs is not None:
+        cheapest = min(macs[config] for config in configs) / macs[default]
         configs = [config for config in configs if macs[config] <= args.max_macs * macs[default]]
         if not configs:
-            cheapest = min(macs.values()) / macs[default]
             raise UserError(f"--max-macs {args.max_macs}: none costs less than {cheapest:.3f}")
     return Space(configs, default, macs)
 
@@ -1180,9 +1208,15 @@ def make_network(args: argparse.Namespace, images: Images, supernet: bool, seed:
 def load_network(path: str) -> tuple[Network, dict]:
     """A network that stage 1 or 3 trained, its networks/<config>-<seed>.pt: in evaluation mode,
     on the CPU, its configuration the default of a call; and what is needed to use it: arch, width,
-    downsample, config, image_size, classes (their names), mean and std of the pixels."""
+    downsample, config, epochs, image_size, classes (their names), mean and std of the pixels."""
     saved = load(Path(path))
+    if not isinstance(saved, dict) or "about" not in saved:
+        raise UserError(f"{path} is no networks/<config>-<seed>.pt of train_exhaustive.py or "
+                        "retrain.py")
     about = saved["about"]
+    if len(saved["history"]) < about["epochs"]:
+        print(f"warning: {path} has learned {len(saved['history'])} of {about['epochs']} epochs",
+              file=sys.stderr)
     if about["arch"] not in ARCHS:
         raise UserError(f"{path}: add its --arch {about['arch']} to common.ARCHS first")
     network = ARCHS[about["arch"]](len(about["classes"]), width=about["width"],
@@ -1360,9 +1394,9 @@ def train_alone(path: Path, args: argparse.Namespace, train: Images, test: Image
     name = config_name(config)
     steps = train.num_batches(args.batch_size)
     learner = Learner(make_network(args, train, False, stream_seed(seed, "weights")), args)
-    about = {"arch": args.arch, "width": args.width, "downsample": args.downsample, "config": name,
-             "image_size": train.size, "classes": train.classes, "mean": train.mean.tolist(),
-             "std": train.std.tolist()}
+    about = {"arch": args.arch, "width": args.width, "downsample": learner.network.downsample,
+             "config": name, "epochs": args.epochs, "image_size": train.size,
+             "classes": train.classes, "mean": train.mean.tolist(), "std": train.std.tolist()}
     history = []
     if path.exists():
         state = load(path)
@@ -1534,7 +1568,11 @@ class Run:
                 raise
             print(f"warning: {error}; goes on with native ops, to other bits", file=sys.stderr)
             args.kernel = "native"
-        self.record = {"settings": settings | vars(args)} | environment(args)
+        settings |= vars(args)
+        for path in ("dataset", "data_dir", "cache_dir"):  # for retrain.py, wherever it is started
+            if settings[path] not in (None, *DATASET_PROTOCOLS):
+                settings[path] = os.path.abspath(settings[path])
+        self.record = {"settings": settings} | environment(args)
         if rank == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -1724,7 +1762,8 @@ def report_search(run: Run, truth: dict[Config, float] | None) -> None:
     if equal > 1:
         print(f"warning: {equal} configurations share the best accuracy; the pick is but the first")
     if best <= result["chance"]:
-        print("warning: the best is no better than the same answer for every image: no pick")
+        print("warning: the best is no better than the same answer for every image: the pick means "
+              "nothing")
     print(f"pick: {result['pick']}; that costs no more than the default: "
           f"{result['pick_at_no_cost'] or 'none'}   (all of it in {run.folder}/)")
     script = Path(__file__).with_name("retrain.py")

@@ -39,7 +39,8 @@ def read_searches(folders: list[str]) -> tuple[dict, list[dict[str, float]]]:
         result = common.load(path) if path.exists() else {}
         if "pick" not in result:
             raise UserError(f"{folder} holds no finished search (result.json with a pick)")
-        results.append(result)
+        config = path.with_name("config.json")  # knows where the data were last seen
+        results.append(result | (common.load(config) if config.exists() else {}))
     settings = results[0]["settings"]
     for folder, result in zip(folders, results):
         for name in ("data", "arch", "num_resolutions", "downsample", "width", "configs"):
@@ -133,6 +134,8 @@ def compare(accuracies: dict[str, list[float]], space: Space) -> dict[str, dict]
 
 def conclusion(entries: dict[str, dict]) -> str:
     """One sentence: what the comparison shows, and what it cannot."""
+    if len(entries) == 1:
+        return "The default itself was chosen: there is nothing to compare."
     tested = {name: entry for name, entry in entries.items() if "p_holm" in entry}
     if not tested:
         return "Nothing can be concluded from a difference without spread: give more --seeds."

@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> None:
     args = common.make_parser(__doc__, search=True).parse_args(argv)
     args = common.fill_defaults(args, search=True)
     if common.world > 1:
-        raise UserError("there is one supernet to train: start it without torchrun")
+        raise UserError("there is one supernet to train: start it without torchrun, or unset "
+                        "WORLD_SIZE")
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.fp32_precision = "tf32"

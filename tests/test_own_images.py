@@ -77,6 +77,19 @@ def test_pictures_are_read_as_a_viewer_shows_them(name, picture, options, expect
         assert np.abs(half - colour).max() <= (6 if lossy else 0)
 
 
+def test_a_broken_exif_tag_leaves_the_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    exif[0x010F] = "maker"
+    PLAIN.rotate(-90).save(tmp_path / "a.jpg", exif=exif, quality=100)
+    whole = (tmp_path / "a.jpg").read_bytes()
+    broken = whole.replace(b"\x01\x0f\x00\x02", b"\x01\x0f\x00\x06")  # a text as a signed byte
+    assert broken != whole
+    (tmp_path / "a.jpg").write_bytes(broken)
+    pixels = np.asarray(common.open_image(tmp_path / "a.jpg")).astype(int)
+    assert np.abs(pixels[5:35, 2:18] - RED).max() <= 6
+
+
 @pytest.mark.parametrize("name, mode, kind, message", [
     ("float.tif", "F", None, "TIFF: 32 bits"), ("int.tif", "I", None, "TIFF: 32 bits"),
     ("a.jpg", "RGB", "GIF", "GIF: a format"), ("a.png", "RGB", "PDF", "no image")])
@@ -94,7 +107,7 @@ def test_all_that_cannot_be_read_is_in_one_message(tmp_path):
     (folder / "test/dog/2.bmp").write_bytes(whole[:2000])
     with pytest.raises(common.UserError) as error:
         load(folder, tmp_path)
-    for words in ("train/cat/1.bmp (no image)", "train/dog/0.bmp (GIF: ", "test/dog/2.bmp (BMP: "):
+    for words in ("train/cat/1.bmp (no image: ", "train/dog/0.bmp (GIF: ", "test/dog/2.bmp (BMP: "):
         assert words in str(error.value)
     assert not list(tmp_path.glob("tmp-*"))
     for path in ("train/cat/1.bmp", "train/dog/0.bmp", "test/dog/2.bmp"):
@@ -110,19 +123,21 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     shutil.copytree(folder / "train/cat", folder / "train/.ipynb_checkpoints")
     shutil.copy(folder / "train/cat/0.bmp", folder / "test/dog/._0.bmp")
     shutil.copy(folder / "train/cat/0.bmp", folder / "train/dog/x.gif")
-    shutil.copy(folder / "train/cat/0.bmp", folder / "train")
     (folder / "train/cat/gone.bmp").symlink_to("nowhere")
+    (folder / "train/cat/loop").symlink_to("..")
+    (folder / "test/owl").mkdir()
+    (folder / "old").mkdir()
     train, test = load(folder, tmp_path)
     assert train.classes == ["cat", "dog"]
     assert (values(train), values(test)) == ([0, 1, 2, 50, 51, 52], [0, 1, 2, 50, 51, 52])
     line, = capsys.readouterr().out.splitlines()
-    counts = line.removeprefix(f"files of {folder} that are left out: ").split(", ")
-    assert sorted(counts) == ["1 *.gif", "1 beside the classes", "1 links to nothing", "4 hidden"]
+    assert sorted(line.removeprefix(f"left out of {folder}: ").split(", ")) == [
+        "1 *.gif", "1 hidden", "1 old/", "1 test/owl/ without an image", "1 that lead to no file"]
 
 
 @pytest.mark.parametrize("parts, used", [
     (("train", "test"), "test"), (("train", "val"), "val"),
-    (("Training", "Validation"), "Validation"),
+    (("Training_set", "Validation"), "Validation"),
     (("train", "val", "test"), "test"), (("train", "valid", "testing"), "testing")])
 def test_the_splits_that_people_have(parts, used, tmp_path):
     folder = tmp_path / "pets"
@@ -138,7 +153,7 @@ def test_a_folder_without_a_split_needs_a_fraction(tmp_path):
     (tmp_path / "kaggle/test").mkdir()
     shutil.copy(tmp_path / "flat/cat/0.bmp", tmp_path / "kaggle/test")
     for name in ("flat", "kaggle"):
-        with pytest.raises(common.UserError, match=f"{name} has no test/ or val/: --test-fraction"):
+        with pytest.raises(common.UserError, match=f"{name} has no test set.*--test-fraction"):
             load(tmp_path / name, tmp_path)
         train, test = load(tmp_path / name, tmp_path, "--test-fraction", "0.3")
         assert sorted(values(train) + values(test)) == [*range(10), *range(50, 60)]
@@ -153,15 +168,15 @@ def test_a_folder_without_a_split_needs_a_fraction(tmp_path):
 def test_classes_that_differ_or_are_too_small_are_named(tmp_path):
     folder = write_folder(tmp_path / "pets", ("cat", "dog", "owl"))
     (folder / "test/owl").rename(folder / "test/Owl")
-    with pytest.raises(common.UserError, match="only train/ has owl, only the other part has Owl"):
+    with pytest.raises(common.UserError, match="training images: owl; only .*: Owl"):
         load(folder, tmp_path)
     (folder / "test/Owl").rename(folder / "test/owl")
     for i in (0, 1):
         (folder / f"train/owl/{i}.bmp").unlink()
     train, _ = load(folder, tmp_path)
-    with pytest.raises(common.UserError, match="class 'owl' has 1 image"):
+    with pytest.raises(common.UserError, match="the smallest, owl, has 1"):
         common.split_for_search(train, arguments("--batch-size", "2"))
-    with pytest.raises(common.UserError, match="two or more classes; found cat"):
+    with pytest.raises(common.UserError, match="two or more classes are needed, found cat"):
         load(write_folder(tmp_path / "one", ("cat",)), tmp_path)
 
 
@@ -191,13 +206,15 @@ def test_files_like_medmnists(shape, tmp_path):
 @pytest.mark.parametrize("changes, message", [
     ({"train_images": np.zeros((8, 28, 28), np.float32)}, "train_images: float32"),
     ({"test_images": np.zeros((4, 28, 28, 28), np.uint8)}, r"test_images: uint8 \(4, 28, 28, 28\)"),
+    ({"train_images": np.zeros((8, 784), np.uint8)}, r"train_images: uint8 \(8, 784\)"),
     ({"train_labels": np.zeros((8, 14), np.uint8)}, r"train_labels: uint8 \(8, 14\), not one"),
     ({"test_labels": np.zeros(4)}, "test_labels: float64"),
-    ({"test_labels": np.array([3, 4, 3, 9])}, "test_labels: 9 is no training image's"),
-    ({"train_labels": np.array([None] * 8)}, "pickle")])
+    ({"test_labels": np.array([3, 4, 3, 9])}, "test_labels: one is no training image's"),
+    ({"train_labels": np.array([None] * 8)}, "pickle"),
+    ({"test_labels": np.zeros(0, int), "test_images": np.zeros((0, 8, 8), np.uint8)}, "two or")])
 def test_other_files_are_refused(changes, message, tmp_path):
     np.savez(tmp_path / "blood.npz", **arrays_like_medmnist(**changes))
-    with pytest.raises(common.UserError, match=f"cannot use .*blood.npz: .*{message}"):
+    with pytest.raises(common.UserError, match=f"blood.npz.*: .*{message}"):
         load(tmp_path / "blood.npz", tmp_path)
 
 
