@@ -3,9 +3,14 @@
     python results/compare.py --ground-truth results/ground-truth/results.csv results/searches/*
 
 Prints a Markdown table. Runs that differ in nothing but the seed share a row, mean +- standard
-deviation. The last row costs nothing: all their configurations ranked by multiply-adds, the
-dearest first. Writes compare.png into --out: Kendall tau over the epochs of runs with --rank-every.
+deviation. cost: multiply-adds of the training steps, relative to the rows of one supernet with
+uniform draws (the shortest, if there are several). tau in n1: Kendall tau over the pairs of
+configurations of equal n1 alone. found: how often one of the three best is among the first four.
+The last rows cost nothing: ranked by n1, the layers at full resolution, and by multiply-adds. Below
+it, every row of three or more seeds against the first one, seed by seed (Student's paired t-test).
+Writes compare.png into --out: Kendall tau over the epochs of runs with --rank-every.
 """
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -14,7 +19,8 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-DIGITS = {"mean_accuracy": 4, "kendall_tau": 3, "spearman_rho": 3, "pick_rank": 1, "regret": 4}
+DIGITS = {"cost": 2, "kendall_tau": 3, "tau in n1": 3, "spearman_rho": 3, "pick_rank": 1,
+          "regret": 4, "found": 2}
 
 
 def read_search(folder: Path) -> dict:
@@ -40,6 +46,38 @@ def differing_settings(searches: list[dict]) -> list[str]:
             values.setdefault(name, set()).add(str(value))
     ignored = common.NOT_COMPARED | {"seed"}
     return [name for name in values if len(values[name]) > 1 and name not in ignored]
+
+
+def judge(ranking: dict[tuple, float], truth: dict[tuple, float]) -> dict:
+    """The metrics of a ranking, accuracies (or what else ranks) by configuration."""
+    signs = []
+    for a, b in itertools.combinations(ranking, 2):
+        if a[0] == b[0] and truth[a] != truth[b]:
+            estimated = (ranking[a] > ranking[b]) - (ranking[a] < ranking[b])
+            signs.append(estimated if truth[a] > truth[b] else -estimated)
+    first = sorted(ranking, key=ranking.get, reverse=True)[:4]
+    best = sorted(ranking, key=truth.get, reverse=True)[:3]
+    return common.rank_metrics(ranking, truth) | {
+        "tau in n1": mean(signs) if signs else None, "found": float(bool({*first} & {*best})),
+        "pick": common.config_name(first[0])}
+
+
+def compare_seeds(rows: dict[tuple, list[dict]]) -> None:
+    """Print how rows differ from the first one over the seeds that both have."""
+    from scipy.stats import ttest_rel
+    by_seed = {row: {search["settings"]["seed"]: search for search in searches}
+               for row, searches in rows.items()}
+    first, *others = by_seed
+    for row in others:
+        seeds = sorted(by_seed[first].keys() & by_seed[row].keys())
+        for metric in ("kendall_tau", "regret"):
+            values, reference = ([by_seed[one][seed][metric] for seed in seeds]
+                                 for one in (row, first))
+            if len(seeds) > 2 and values != reference:
+                difference = mean(values) - mean(reference)
+                print(f"- {', '.join(filter(None, row))} against {', '.join(filter(None, first))}: "
+                      f"{metric} {difference:+.3f}, p = {ttest_rel(values, reference).pvalue:.3f}, "
+                      f"n = {len(seeds)}")
 
 
 def mean_and_spread(values: list[float | None], digits: int) -> str:
@@ -77,11 +115,16 @@ def main() -> None:
             macs[common.parse_config(entry["config"])] = entry["macs"]
     truth = common.read_ground_truth(args.ground_truth, list(macs))
     columns = differing_settings(searches)
+    for search in searches:
+        search["training_macs"] = sum(sum(entry["steps"]) * entry["macs"]
+                                      for entry in search["ranking"])
+    plain = [search["training_macs"] for search in searches
+             if search["settings"]["stage"] == "single" and search["settings"]["draw"] == "uniform"]
     rows = {}
     curves = {}  # Kendall taus by row and epoch
     for search in searches:
-        search |= common.rank_metrics(search["accuracies"], truth)
-        search["mean_accuracy"] = mean(search["accuracies"].values())
+        search |= judge(search["accuracies"], truth)
+        search["cost"] = search["training_macs"] / min(plain) if plain else None
         steps = sum(sum(entry["steps"]) for entry in search["ranking"])
         row = (*[str(search["settings"].get(name, "")) for name in columns], f"{steps:,}")
         rows.setdefault(row, []).append(search)
@@ -90,8 +133,7 @@ def main() -> None:
             tau = common.rank_metrics(ranking, truth)["kendall_tau"]
             if tau is not None:  # not all accuracies are equal
                 curves.setdefault(row, {}).setdefault(line["epoch"], []).append(tau)
-    rows[("no search", *[""] * len(columns))] = [common.rank_metrics(macs, truth) | {
-        "mean_accuracy": None, "pick": common.config_name(max(macs, key=macs.get))}]
+    free = {"by n1": {config: config[0] for config in macs}, "by multiply-adds": macs}
 
     print("| " + " | ".join([*columns, "steps", "runs", *DIGITS, "picks"]) + " |")
     print("|" + " --- |" * (len(columns) + len(DIGITS) + 3))
@@ -99,6 +141,12 @@ def main() -> None:
         cells = [mean_and_spread([run[name] for run in runs], DIGITS[name]) for name in DIGITS]
         picks = "; ".join(run["pick"] for run in runs)
         print("| " + " | ".join([*row, str(len(runs)), *cells, picks]) + " |")
+    for name, ranking in free.items():
+        found = judge(ranking, truth) | {"cost": 0.0}
+        cells = [mean_and_spread([found[metric]], DIGITS[metric]) for metric in DIGITS]
+        print("| " + " | ".join([name, *[""] * (len(columns) + 1), *cells, found["pick"]]) + " |")
+    print()
+    compare_seeds(rows)
     if curves:
         args.out.mkdir(parents=True, exist_ok=True)
         plot(columns, curves, args.out / "compare.png")
