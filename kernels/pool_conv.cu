@@ -53,17 +53,28 @@
 namespace pool_conv {
 namespace {
 
-constexpr int TILE = 8;   // outputs of a block, in both directions
-constexpr int CB = 8;     // input channels in shared memory at a time
-constexpr int PARTS = 64;  // shares of the weight's gradient that are summed apart
-constexpr int SUMS = 4;    // rows of a part of sums: pixels, pivot, sum, sum of products
+constexpr int TILE = 8;              // outputs of a block, in both directions
+constexpr int CB = 16;               // input channels in shared memory at a time
+constexpr int PITCH = CB + 4;        // floats from a pixel there to the next
+constexpr int GROUP = 9 * CB * CB;   // weights whose gradient a block sums
+constexpr int BLOCKS = 8 * 132;      // of such blocks: an H100 several times filled
+constexpr int MOST_PARTS = PARTIAL_ROWS / 4;  // of a tensor's sums
 
 template <typename T>
 struct alignas(4 * sizeof(T)) Four {
   T v[4];
 };
+using Part = Four<float>;  // of a channel's sums: pixels, pivot, sum, sum of products
+
+// SIDE x SIDE pixels of CB channels in shared memory. With PITCH and the 4 at a row's end the
+// threads of a warp, which read 16 bytes each of 4 or 8 pixels, meet every bank once.
+template <int SIDE>
+struct alignas(16) Pixels {
+  float v[SIDE][SIDE * PITCH + 4];
+};
 
 __device__ inline float to_float(float v) { return v; }
+__device__ inline float to_float(uint8_t v) { return v; }
 __device__ inline float to_float(__half v) { return __half2float(v); }
 __device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 template <typename T>
@@ -75,48 +86,97 @@ __device__ inline __half from_float<__half>(float v) { return __float2half(v); }
 template <>
 __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16(v); }
 
-// Four channels from p, one load where channels are a multiple of four; zeros from `left` on
+// Four channels at p: one access if `wide`, that is where channels are a multiple of four; else
+// `left` of them, and zeros
 template <typename T>
-__device__ inline void load4(const T* p, int left, bool aligned, float* to) {
-  if (aligned && left >= 4) {
+__device__ inline Four<float> load4(const T* p, int left, bool wide) {
+  Four<float> to;
+  if (wide) {
     const Four<T> four = *reinterpret_cast<const Four<T>*>(p);
-    for (int q = 0; q < 4; q++) to[q] = to_float(four.v[q]);
+    for (int q = 0; q < 4; q++) to.v[q] = to_float(four.v[q]);
   } else {
-    for (int q = 0; q < 4; q++) to[q] = q < left ? to_float(p[q]) : 0.0f;
+    for (int q = 0; q < 4; q++) to.v[q] = q < left ? to_float(p[q]) : 0.0f;
   }
+  return to;
 }
 
-__device__ inline float normalised(float v, const float* norm, int c, int channels) {
-  return (v - norm[CENTER * channels + c]) * norm[SCALE * channels + c] +
-         norm[SHIFT * channels + c];
+template <typename T>
+__device__ inline void store4(T* p, const Four<T>& values, int left, bool wide) {
+  if (wide) *reinterpret_cast<Four<T>*>(p) = values;
+  for (int q = 0; !wide && q < 4; q++)
+    if (q < left) p[q] = values.v[q];
 }
+
+template <typename T>
+__device__ inline Four<T> rounded(const Four<float>& values) {
+  Four<T> to;
+  for (int q = 0; q < 4; q++) to.v[q] = from_float<T>(values.v[q]);
+  return to;
+}
+
 __device__ inline float relu(float v) { return v < 0 ? 0.0f : v; }  // a NaN passes
 
-// Four channels (or `left`) of what `from` describes, from element `at` on, channel c of `channels`
-template <typename T>
-__device__ inline void fetch4(const Source& from, int64_t at, int c, int channels, int left,
-                              bool aligned, float* to) {
-  load4(static_cast<const T*>(from.x) + at, left, aligned, to);
-  for (int q = 0; from.norm && q < 4 && q < left; q++)
-    to[q] = relu(normalised(to[q], from.norm, c + q, channels));
+// (v - center) scale + shift for four channels from c on, by three of `rows`
+struct Scaling {
+  Four<float> center, scale, shift;
+  __device__ Scaling(const float* rows, int by_scale, int by_shift, int c, int channels, bool wide)
+      : center(load4(rows + CENTER * channels + c, channels - c, wide)),
+        scale(load4(rows + by_scale * channels + c, channels - c, wide)),
+        shift(load4(rows + by_shift * channels + c, channels - c, wide)) {}
+  __device__ float operator()(float v, int q) const {
+    return (v - center.v[q]) * scale.v[q] + shift.v[q];
+  }
+};
+
+// What `from` describes, four channels from c on of COUNT pixels: to[r], from element
+// base + at[r] on. All loads of a tensor are under way before the first is used.
+template <typename T, int COUNT>
+__device__ inline void fetch4(const Source& from, int64_t base, const int (&at)[COUNT], int c,
+                              int channels, bool wide, Four<float> (&to)[COUNT]) {
+  const int left = channels - c;
+  Four<float> other[COUNT];
+  for (int r = 0; r < COUNT; r++)
+    to[r] = load4(static_cast<const T*>(from.x) + base + at[r], left, wide);
+  if (from.norm) {
+    const Scaling norm(from.norm, SCALE, SHIFT, c, channels, wide);
+    for (int r = 0; r < COUNT; r++)
+      for (int q = 0; q < 4; q++) to[r].v[q] = relu(norm(to[r].v[q], q));
+  }
   if (from.out) {
-    float out[4];
-    load4(static_cast<const T*>(from.out) + at, left, aligned, out);
-    for (int q = 0; q < 4; q++) to[q] = out[q] <= 0 ? 0.0f : to[q];
+    for (int r = 0; r < COUNT; r++)
+      other[r] = load4(static_cast<const T*>(from.out) + base + at[r], left, wide);
+    for (int r = 0; r < COUNT; r++)
+      for (int q = 0; q < 4; q++) to[r].v[q] = other[r].v[q] <= 0 ? 0.0f : to[r].v[q];
   }
   if (from.back) {
-    float y[4];
-    load4(static_cast<const T*>(from.y) + at, left, aligned, y);
-    for (int q = 0; q < 4 && q < left; q++) {
-      const float* row = from.back + c + q;
-      to[q] = to[q] * row[BY_G * channels] +
-              ((y[q] - row[CENTER * channels]) * row[BY_Y * channels] + row[BY_1 * channels]);
-    }
+    const Scaling by_y(from.back, BY_Y, BY_1, c, channels, wide);
+    const Four<float> by_g = load4(from.back + BY_G * channels + c, left, wide);
+    for (int r = 0; r < COUNT; r++)
+      other[r] = load4(static_cast<const T*>(from.y) + base + at[r], left, wide);
+    for (int r = 0; r < COUNT; r++)
+      for (int q = 0; q < 4; q++)
+        to[r].v[q] = to[r].v[q] * by_g.v[q] + by_y(other[r].v[q], q);
+  }
+}
+
+// Sums of a thread, and of the threads of a block: found[row * width + column] over all rows, pair
+// by pair in a fixed order, into the first row. A thread's own row is threadIdx.x / width.
+template <typename F, int N>
+struct Sums {
+  F v[N];
+};
+template <typename F, int N>
+__device__ inline void sum_rows(Sums<F, N>* found, int rows, int width) {
+  const int row = threadIdx.x / width;
+  for (int half = (rows + 1) / 2; rows > 1; rows = half, half = (rows + 1) / 2) {
+    __syncthreads();
+    for (int n = 0; n < N && row + half < rows; n++)
+      found[threadIdx.x].v[n] += found[threadIdx.x + half * width].v[n];
   }
 }
 
 // torch's rule: the first of equals, a NaN always
-__device__ inline void take(float value, int place, float& best, int& index) {
+__device__ inline void take(float value, int place, float& best, uint8_t& index) {
   if (value > best || value != value) {
     best = value;
     index = place;
@@ -131,7 +191,7 @@ __global__ void pool_plain(Layer g, const T* x, T* pooled, uint8_t* argmax) {
   const int64_t n = at / g.c_in / g.width / g.height;
   const T* corner = x + ((n * g.x_height + 2 * i) * g.x_width + 2 * j) * g.c_in + c;
   float best = to_float(corner[0]);
-  int index = 0;
+  uint8_t index = 0;
   for (int q = 1; q < 4; q++)
     take(to_float(corner[(int64_t(q / 2) * g.x_width + q % 2) * g.c_in]), q, best, index);
   pooled[at] = from_float<T>(best);
@@ -152,7 +212,7 @@ __global__ void conv_plain(Layer g, const T* x, const T* weight, T* y) {
       if (row < 0 || row >= g.height || column < 0 || column >= g.width) continue;
       const T* pixel = x + ((n * g.height + row) * g.width + column) * g.c_in;
       for (int c = 0; c < g.c_in; c++)
-        sum += to_float(pixel[c]) * to_float(weight[(int64_t(k) * g.c_in + c) * 9 + 3 * a + b]);
+        sum += to_float(pixel[c]) * to_float(weight[(int64_t(k) * 9 + 3 * a + b) * g.c_in + c]);
     }
   y[at] = from_float<T>(sum);
 }
@@ -172,7 +232,7 @@ __global__ void grad_input_plain(Layer g, const T* grad_y, const T* weight, T* g
       const T* pixel =
           grad_y + ((n * g.y_height + i / g.stride) * g.y_width + j / g.stride) * g.c_out;
       for (int k = 0; k < g.c_out; k++)
-        sum += to_float(pixel[k]) * to_float(weight[(int64_t(k) * g.c_in + c) * 9 + 3 * a + b]);
+        sum += to_float(pixel[k]) * to_float(weight[(int64_t(k) * 9 + 3 * a + b) * g.c_in + c]);
     }
   grad_x[at] = from_float<T>(sum);
 }
@@ -192,281 +252,386 @@ struct Place {
   }
 };
 
+// Fills `to` with what `from` describes: CB channels from c0 on of image n's SIDE x SIDE pixels from
+// (top, left) on, zeros outside of it. A thread without a pixel loads the image's first one.
+template <typename T, int THREADS, bool WIDE, int SIDE>
+__device__ inline void stage(const Source& from, int n, int top, int left, int height, int width,
+                             int channels, int c0, Pixels<SIDE>& to) {
+  constexpr int STEP = THREADS / 4, ROUNDS = (SIDE * SIDE + STEP - 1) / STEP;
+  constexpr int COUNT = ROUNDS < 4 ? ROUNDS : 4;
+  const int lane = threadIdx.x % 4 * 4, c = c0 + lane;
+  const int64_t image = int64_t(n) * height * width * channels;
+#pragma unroll 1
+  for (int first = threadIdx.x / 4; first < SIDE * SIDE; first += COUNT * STEP) {
+    int at[COUNT];
+    bool inside[COUNT];
+    Four<float> value[COUNT];
+#pragma unroll
+    for (int r = 0; r < COUNT; r++) {
+      const int pixel = first + r * STEP, row = top + pixel / SIDE, column = left + pixel % SIDE;
+      inside[r] = unsigned(row) < unsigned(height) && unsigned(column) < unsigned(width) &&
+                  c < channels;
+      at[r] = inside[r] ? (row * width + column) * channels + c : 0;
+    }
+    fetch4<T>(from, image, at, c < channels ? c : 0, channels, WIDE, value);
+#pragma unroll
+    for (int r = 0; r < COUNT; r++) {
+      const int pixel = first + r * STEP;
+      for (int q = 0; q < 4; q++) value[r].v[q] = inside[r] ? value[r].v[q] : 0.0f;
+      if (pixel < SIDE * SIDE)
+        *reinterpret_cast<Four<float>*>(&to.v[pixel / SIDE][pixel % SIDE * PITCH + lane]) =
+            value[r];
+    }
+  }
+}
+
+// Likewise the max-pool of x around the tile `at`; what lies in the tile itself goes to `pooled`
+// and `argmax`, if not null.
+template <typename T, int THREADS, int SIDE>
+__device__ inline void stage_pooled(const Layer& g, const T* x, const Place& at, int c0, T* pooled,
+                                    uint8_t* argmax, Pixels<SIDE>& to) {
+  const int lane = threadIdx.x % 4 * 4, c = c0 + lane, left = g.c_in - c;
+  const bool wide = g.c_in % 4 == 0;
+  for (int pixel = threadIdx.x / 4; pixel < SIDE * SIDE; pixel += THREADS / 4) {
+    const int i = pixel / SIDE, j = pixel % SIDE, row = at.top + i - 1, column = at.left + j - 1;
+    Four<float> best = {};
+    if (row >= 0 && row < g.height && column >= 0 && column < g.width && left > 0) {
+      const T* corner =
+          x + ((int64_t(at.n) * g.x_height + 2 * row) * g.x_width + 2 * column) * g.c_in + c;
+      Four<uint8_t> index = {};
+      Four<float> value[4];
+      for (int q = 0; q < 4; q++)
+        value[q] = load4(corner + (int64_t(q / 2) * g.x_width + q % 2) * g.c_in, left, wide);
+      best = value[0];
+      for (int q = 1; q < 4; q++)
+        for (int u = 0; u < 4; u++) take(value[q].v[u], q, best.v[u], index.v[u]);
+      if (pooled && i >= 1 && i <= TILE && j >= 1 && j <= TILE) {
+        const int64_t out = ((int64_t(at.n) * g.height + row) * g.width + column) * g.c_in + c;
+        store4(pooled + out, rounded<T>(best), left, wide);
+        store4(argmax + out, index, left, wide);
+      }
+    }
+    *reinterpret_cast<Four<float>*>(&to.v[i][j * PITCH + lane]) = best;
+  }
+}
+
+// Fills ws[c][tap][k] with the weights from channels c0 and k0 on, zeros where there are none. A
+// thread: nine taps of four c of a k; with FLIP, which transposes and rotates, of four k of a c.
+template <typename T, int KB, bool FLIP, bool WIDE>
+__device__ inline void stage_weights(const Layer& g, const T* weight, int c0, int k0,
+                                     float (*ws)[9][KB + 4]) {
+  const int t = threadIdx.x;
+  const int c = FLIP ? t / (KB / 4) : t % 2 * 4 + t / (2 * KB) * 8;
+  const int k = FLIP ? t % (KB / 4) * 4 : t / 2 % KB;
+  const int row = FLIP ? c0 + c : k0 + k, column = FLIP ? k0 + k : c0 + c;
+  const int rows = FLIP ? g.c_in : g.c_out, columns = FLIP ? g.c_out : g.c_in;
+  const bool inside = row < rows && column < columns;
+  const T* from = weight + (inside ? int64_t(row) * 9 * columns + column : 0);
+  Four<float> value[9];
+#pragma unroll
+  for (int tap = 0; tap < 9; tap++)
+    value[tap] = load4(from + int64_t(FLIP ? 8 - tap : tap) * columns, columns - column, WIDE);
+#pragma unroll
+  for (int tap = 0; tap < 9; tap++) {
+    for (int q = 0; q < 4; q++) value[tap].v[q] = inside ? value[tap].v[q] : 0.0f;
+    if (FLIP)
+      *reinterpret_cast<Four<float>*>(&ws[c][tap][k]) = value[tap];
+    for (int q = 0; !FLIP && q < 4; q++) ws[c + q][tap][k] = value[tap].v[q];
+  }
+}
+
 // grid: (tiles, c_out / KB); block: 16 * KB / 4 threads. POOL: x is pooled on the way, and the
-// blocks of the first KB channels write `pooled` and `argmax`. FLIP: weight is (c_in,c_out,3,3),
+// blocks of the first KB channels write `pooled` and `argmax`. FLIP: weight is (c_in,3,3,c_out),
 // read transposed and rotated. With `unpool` (the forward's argmax), y is the pooling's input.
-// `partial`, if not null: SUMS rows a tile, of y for its moments; or, where `before` describes
-// relu(normalised x), y is the gradient behind that ReLU and the sums are of y and y (x - center).
+// `partial`, if not null: a Part a channel and tile, of y for its moments; or, where `before`
+// describes relu(normalised x), y is the gradient behind that ReLU and the sums are of y and
+// y (x - center).
 template <typename T, int KB, int S, bool POOL, bool FLIP>
-__global__ void __launch_bounds__(4 * KB) conv_tiled(
+__global__ void __launch_bounds__(4 * KB, 128 / KB) conv_tiled(
     Layer g, Source source, const T* __restrict__ weight, T* __restrict__ y,
     T* __restrict__ pooled, uint8_t* __restrict__ argmax, const uint8_t* __restrict__ unpool,
     Source extra, Source before, float* __restrict__ partial) {
-  const T* const x = static_cast<const T*>(source.x);
   constexpr int IN = (TILE - 1) * S + 3, THREADS = 4 * KB;
-  __shared__ float xs[IN][IN][CB];
-  __shared__ float ws[CB][9][KB];
-  __shared__ float sums[2][16][KB], pivot[KB];
+  __shared__ Pixels<IN> xs;
+  alignas(16) __shared__ float ws[CB][9][KB + 4];
   const Place at(g, blockIdx.x);
   const int k0 = blockIdx.y * KB, k = threadIdx.x % (KB / 4) * 4;
   const int pixel = threadIdx.x / (KB / 4), row = pixel / 2, column = pixel % 2 * 4;
-  const bool aligned = g.c_in % 4 == 0;
-  float sum[4][4] = {};  // [pixel][k]
+  const bool wide_out = g.c_out % 4 == 0;
+  Four<float> sum[4] = {};  // [pixel].v[k]
 
   for (int c0 = 0; c0 < g.c_in; c0 += CB) {
-    for (int item = threadIdx.x; item < IN * IN * CB / 4; item += THREADS) {
-      const int c = c0 + item % (CB / 4) * 4, j = item / (CB / 4) % IN, i = item / (CB / 4) / IN;
-      const int from_row = at.top * S + i - 1, from_column = at.left * S + j - 1;
-      float* to = xs[i][j] + item % (CB / 4) * 4;
-      const bool inside = from_row >= 0 && from_row < g.height && from_column >= 0 &&
-                          from_column < g.width && c < g.c_in;
-      if (!inside) {
-        to[0] = to[1] = to[2] = to[3] = 0.0f;
-      } else if (POOL) {
-        const T* corner = x + ((int64_t(at.n) * g.x_height + 2 * from_row) * g.x_width +
-                               2 * from_column) * g.c_in + c;
-        float value[4];
-        int index[4] = {};
-        load4(corner, g.c_in - c, aligned, to);
-        for (int q = 1; q < 4; q++) {
-          load4(corner + (int64_t(q / 2) * g.x_width + q % 2) * g.c_in, g.c_in - c, aligned, value);
-          for (int lane = 0; lane < 4; lane++) take(value[lane], q, to[lane], index[lane]);
-        }
-        const bool mine = i >= 1 && i <= TILE && j >= 1 && j <= TILE;  // not another tile's pixel
-        if (blockIdx.y == 0 && mine)
-          for (int lane = 0; lane < 4 && c + lane < g.c_in; lane++) {
-            const int64_t out =
-                ((int64_t(at.n) * g.height + from_row) * g.width + from_column) * g.c_in + c + lane;
-            pooled[out] = from_float<T>(to[lane]);
-            argmax[out] = index[lane];
-          }
-      } else {
-        const int64_t from =
-            ((int64_t(at.n) * g.height + from_row) * g.width + from_column) * g.c_in + c;
-        fetch4<T>(source, from, c, g.c_in, g.c_in - c, aligned, to);
-      }
-    }
-    for (int item = threadIdx.x; item < CB * 9 * KB; item += THREADS) {
-      const int out = item % KB, tap = item / KB % 9, c = item / KB / 9;
-      const bool inside = c0 + c < g.c_in && k0 + out < g.c_out;
-      const int64_t from = FLIP ? (int64_t(c0 + c) * g.c_out + k0 + out) * 9 + 8 - tap
-                                : (int64_t(k0 + out) * g.c_in + c0 + c) * 9 + tap;
-      ws[c][tap][out] = inside ? to_float(weight[from]) : 0.0f;
-    }
+    const int top = at.top * S - 1, left = at.left * S - 1;
+    if (POOL)
+      stage_pooled<T, THREADS>(g, static_cast<const T*>(source.x), at, c0,
+                               blockIdx.y ? nullptr : pooled, argmax, xs);
+    else if (g.c_in % 4 == 0)
+      stage<T, THREADS, true>(source, at.n, top, left, g.height, g.width, g.c_in, c0, xs);
+    else
+      stage<T, THREADS, false>(source, at.n, top, left, g.height, g.width, g.c_in, c0, xs);
+    if (FLIP ? wide_out : g.c_in % 4 == 0)
+      stage_weights<T, KB, FLIP, true>(g, weight, c0, k0, ws);
+    else
+      stage_weights<T, KB, FLIP, false>(g, weight, c0, k0, ws);
     __syncthreads();
-    for (int c = 0; c < CB; c++)
+    const int channels = g.c_in - c0 < CB ? g.c_in - c0 : CB;
+#pragma unroll 1
+    for (int c = 0; c < channels; c += 4)
+#pragma unroll
       for (int a = 0; a < 3; a++) {
-        float line[3 * S + 3];
-        for (int j = 0; j < 3 * S + 3; j++) line[j] = xs[row * S + a][column * S + j][c];
-        for (int b = 0; b < 3; b++) {
-          const Four<float> w = *reinterpret_cast<const Four<float>*>(&ws[c][3 * a + b][k]);
+        Four<float> line[3 * S + 3];  // [j].v[c]
+        for (int j = 0; j < 3 * S + 3; j++)
+          line[j] = *reinterpret_cast<const Four<float>*>(
+              &xs.v[row * S + a][(column * S + j) * PITCH + c]);
+        for (int q = 0; q < 12; q++) {
+          const int b = q / 4, u = q % 4;
+          const Four<float> w = *reinterpret_cast<const Four<float>*>(&ws[c + u][3 * a + b][k]);
           for (int p = 0; p < 4; p++)
-            for (int q = 0; q < 4; q++) sum[p][q] += line[p * S + b] * w.v[q];
+            for (int r = 0; r < 4; r++) sum[p].v[r] += line[p * S + b].v[u] * w.v[r];
         }
       }
     __syncthreads();
   }
 
-  const int i = at.top + row;
-  const bool wide = g.c_out % 4 == 0;
-  const int left = g.c_out - k0 - k;
-  float first[4] = {}, second[4] = {};  // sums over this thread's pixels
-  if (partial && !before.x) {
-    if (pixel == 0)
-      for (int q = 0; q < 4; q++) pivot[k + q] = to_float(from_float<T>(sum[0][q]));
-    __syncthreads();
-  }
-#pragma unroll  // or sum[][] would not stay in registers
+  const int i = at.top + row, j = at.left + column, left = g.c_out - k0 - k;
+  const int64_t image = int64_t(at.n) * g.y_height * g.y_width * g.c_out;
+  int out[4];  // of this thread's pixels, in the image; the first one's for those outside
+  bool inside[4];
   for (int p = 0; p < 4; p++) {
-    const int j = at.left + column + p;
-    if (i >= g.y_height || j >= g.y_width || left <= 0) continue;
-    const int64_t out = ((int64_t(at.n) * g.y_height + i) * g.y_width + j) * g.c_out + k0 + k;
-    float more[4] = {}, active[4], value[4] = {};
-    if (extra.x) fetch4<T>(extra, out, k0 + k, g.c_out, left, wide, more);
-    if (before.x) {
-      fetch4<T>(before, out, k0 + k, g.c_out, left, wide, active);
-      load4(static_cast<const T*>(before.x) + out, left, wide, value);
+    inside[p] = i < g.y_height && j + p < g.y_width && left > 0;
+    out[p] = inside[p] ? (i * g.y_width + j + p) * g.c_out + k0 + k : 0;
+  }
+  const int c = left > 0 ? k0 + k : 0;
+  Four<float> value[4], center = {};
+  if (extra.x) {
+    fetch4<T>(extra, image, out, c, g.c_out, wide_out, value);
+    for (int p = 0; p < 4; p++)
+      for (int q = 0; q < 4; q++) sum[p].v[q] += value[p].v[q];
+  }
+  if (before.x) {
+    const Scaling norm(before.norm, SCALE, SHIFT, c, g.c_out, wide_out);
+    center = norm.center;
+    for (int p = 0; p < 4; p++)
+      value[p] = load4(static_cast<const T*>(before.x) + image + out[p], left, wide_out);
+    for (int p = 0; p < 4; p++)
+      for (int q = 0; q < 4; q++)
+        sum[p].v[q] = norm(value[p].v[q], q) <= 0 ? 0.0f : sum[p].v[q];
+  }
+  Four<T> stored[4];
+  for (int p = 0; p < 4; p++) stored[p] = rounded<T>(sum[p]);
+#pragma unroll  // or stored[] would not stay in registers
+  for (int p = 0; p < 4; p++) {
+    if (!inside[p]) continue;
+    if (!unpool) {
+      store4(y + image + out[p], stored[p], left, wide_out);
+      continue;
     }
+    const Four<float> place = load4(unpool + image + out[p], left, wide_out);
 #pragma unroll
     for (int q = 0; q < 4; q++) {
-      if (q >= left) continue;
-      const T stored = from_float<T>(before.x && active[q] <= 0 ? 0.0f : sum[p][q] + more[q]);
-      if (!unpool) y[out + q] = stored;
-      for (int place = 0; unpool && place < 4; place++)
-        y[((int64_t(at.n) * g.x_height + 2 * i + place / 2) * g.x_width + 2 * j + place % 2) *
-              g.c_out + k0 + k + q] = unpool[out + q] == place ? stored : from_float<T>(0.0f);
-      if (partial) {
-        const float v = to_float(stored);
-        const float d = before.x ? v : v - pivot[k + q];
-        first[q] += d;
-        second[q] += d * (before.x ? value[q] - before.norm[CENTER * g.c_out + k0 + k + q] : d);
-      }
+      Four<T> here;
+      for (int u = 0; u < 4; u++)
+        here.v[u] = place.v[u] == q ? stored[p].v[u] : from_float<T>(0.0f);
+      const int64_t line = int64_t(at.n) * g.x_height + 2 * i + q / 2;
+      store4(y + (line * g.x_width + 2 * (j + p) + q % 2) * g.c_out + c, here, left, wide_out);
     }
   }
   if (!partial) return;
-  for (int q = 0; q < 4; q++) sums[0][pixel][k + q] = first[q], sums[1][pixel][k + q] = second[q];
+
+  // xs is free now: there the first pixel's y, which the sums are taken about, then the sums
+  float* pivot = xs.v[0];
+  if (pixel == 0)
+    for (int q = 0; q < 4; q++) pivot[k + q] = before.x ? 0.0f : to_float(stored[0].v[q]);
   __syncthreads();
-  const int c = threadIdx.x;
-  if (c >= KB || k0 + c >= g.c_out) return;
-  float* to = partial + int64_t(blockIdx.x) * SUMS * g.c_out + k0 + c;
+  const Four<float> about = *reinterpret_cast<const Four<float>*>(&pivot[k]);
+  __syncthreads();
+  Sums<float, 8> mine = {};  // of four channels, then of their products
+#pragma unroll
+  for (int p = 0; p < 4; p++)
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+      const float d = inside[p] ? to_float(stored[p].v[q]) - about.v[q] : 0.0f;
+      mine.v[q] += d;
+      mine.v[4 + q] += d * (before.x ? value[p].v[q] - center.v[q] : d);
+    }
+  auto* found = reinterpret_cast<Sums<float, 8>*>(&xs);
+  found[threadIdx.x] = mine;
+  sum_rows(found, 16, KB / 4);
   const int high = g.y_height - at.top, across = g.y_width - at.left;
-  to[0] = (high < TILE ? high : TILE) * (across < TILE ? across : TILE);
-  to[g.c_out] = before.x ? 0.0f : pivot[c];
-  for (int which = 0; which < 2; which++) {
-    float total = 0;
-    for (int from = 0; from < 16; from++) total += sums[which][from][c];
-    to[(2 + which) * g.c_out] = total;
-  }
+  const float pixels = (high < TILE ? high : TILE) * (across < TILE ? across : TILE);
+  for (int q = 0; q < 4 && q < left && pixel == 0; q++)
+    reinterpret_cast<Part*>(partial)[int64_t(c + q) * gridDim.x + blockIdx.x] = {
+        pixels, about.v[q], found[threadIdx.x].v[q], found[threadIdx.x].v[4 + q]};
 }
 
-// grid: (PARTS, c_in / 16, c_out / 16); block: 64 threads. partial: (PARTS, c_out, c_in, 9)
+// grid: (shares, c_in / 16, c_out / 16); block: 64 threads, each nine taps of one c and four k over
+// `share` tiles. partial: (shares, c_in / 16, c_out / 16, 9 taps, 16 c, 16 k)
 template <typename T, int S>
-__global__ void __launch_bounds__(64) grad_weight_partial(
-    Layer g, Source x, Source grad_y, float* __restrict__ partial) {
+__global__ void __launch_bounds__(64, 8) grad_weight_partial(
+    Layer g, Source x, Source grad_y, int64_t share, float* __restrict__ partial) {
   constexpr int IN = (TILE - 1) * S + 3;
-  __shared__ float xs[IN][IN][16];
-  __shared__ float gs[TILE][TILE][16];
-  const int c0 = blockIdx.y * 16, k0 = blockIdx.z * 16;
+  __shared__ Pixels<IN> xs;
+  __shared__ Pixels<TILE> gs;
+  const int c0 = blockIdx.y * CB, k0 = blockIdx.z * CB;
   const int c = threadIdx.x / 4, k = threadIdx.x % 4 * 4;
-  const int64_t tiles = tile_count(g.batch, g.y_height, g.y_width);
-  float sum[9][4] = {};
-  for (int64_t tile = tiles * blockIdx.x / PARTS; tile < tiles * (blockIdx.x + 1) / PARTS; tile++) {
+  const int64_t tiles = tile_count(g.batch, g.y_height, g.y_width), begin = blockIdx.x * share;
+  Four<float> sum[9] = {};  // [tap].v[k]
+  for (int64_t tile = begin; tile < tiles && tile < begin + share; tile++) {
     const Place at(g, tile);
-    for (int item = threadIdx.x; item < IN * IN * 4; item += 64) {
-      const int q = item % 4 * 4, j = item / 4 % IN, i = item / 4 / IN;
-      const int row = at.top * S + i - 1, column = at.left * S + j - 1;
-      const bool inside = row >= 0 && row < g.height && column >= 0 && column < g.width;
-      const int64_t from = ((int64_t(at.n) * g.height + row) * g.width + column) * g.c_in + c0 + q;
-      if (inside && c0 + q < g.c_in)
-        fetch4<T>(x, from, c0 + q, g.c_in, g.c_in - c0 - q, g.c_in % 4 == 0, xs[i][j] + q);
-      else
-        for (int lane = 0; lane < 4; lane++) xs[i][j][q + lane] = 0.0f;
-    }
-    for (int item = threadIdx.x; item < TILE * TILE * 4; item += 64) {
-      const int q = item % 4 * 4, j = item / 4 % TILE, i = item / 4 / TILE;
-      const int row = at.top + i, column = at.left + j;
-      const bool inside = row < g.y_height && column < g.y_width;
-      const int64_t from =
-          ((int64_t(at.n) * g.y_height + row) * g.y_width + column) * g.c_out + k0 + q;
-      if (inside && k0 + q < g.c_out)
-        fetch4<T>(grad_y, from, k0 + q, g.c_out, g.c_out - k0 - q, g.c_out % 4 == 0,
-                  gs[i][j] + q);
-      else
-        for (int lane = 0; lane < 4; lane++) gs[i][j][q + lane] = 0.0f;
-    }
+    const int top = at.top * S - 1, left = at.left * S - 1;
+    if (g.c_in % 4 == 0)
+      stage<T, 64, true>(x, at.n, top, left, g.height, g.width, g.c_in, c0, xs);
+    else
+      stage<T, 64, false>(x, at.n, top, left, g.height, g.width, g.c_in, c0, xs);
+    if (g.c_out % 4 == 0)
+      stage<T, 64, true>(grad_y, at.n, at.top, at.left, g.y_height, g.y_width, g.c_out, k0, gs);
+    else
+      stage<T, 64, false>(grad_y, at.n, at.top, at.left, g.y_height, g.y_width, g.c_out, k0, gs);
     __syncthreads();
+#pragma unroll 1
     for (int i = 0; i < TILE; i++) {
       float window[3][3];  // [b][a]; column b of output column j is slot (S j + b) % 3
       for (int b = 0; b < 3 - S; b++)
-        for (int a = 0; a < 3; a++) window[b][a] = xs[i * S + a][b][c];
+        for (int a = 0; a < 3; a++) window[b][a] = xs.v[i * S + a][b * PITCH + c];
 #pragma unroll
       for (int j = 0; j < TILE; j++) {
         for (int b = 3 - S; b < 3; b++)
-          for (int a = 0; a < 3; a++) window[(S * j + b) % 3][a] = xs[i * S + a][S * j + b][c];
-        const Four<float> gradient = *reinterpret_cast<const Four<float>*>(&gs[i][j][k]);
-        for (int a = 0; a < 3; a++)
-          for (int b = 0; b < 3; b++)
-            for (int q = 0; q < 4; q++)
-              sum[3 * a + b][q] += window[(S * j + b) % 3][a] * gradient.v[q];
+          for (int a = 0; a < 3; a++)
+            window[(S * j + b) % 3][a] = xs.v[i * S + a][(S * j + b) * PITCH + c];
+        const Four<float> gradient = *reinterpret_cast<const Four<float>*>(&gs.v[i][j * PITCH + k]);
+        for (int tap = 0; tap < 9; tap++)
+          for (int q = 0; q < 4; q++)
+            sum[tap].v[q] += window[(S * j + tap % 3) % 3][tap / 3] * gradient.v[q];
       }
     }
     __syncthreads();
   }
-  for (int q = 0; q < 4; q++)
-    if (c0 + c < g.c_in && k0 + k + q < g.c_out)
-      for (int tap = 0; tap < 9; tap++)
-        partial[((int64_t(blockIdx.x) * g.c_out + k0 + k + q) * g.c_in + c0 + c) * 9 + tap] =
-            sum[tap][q];
+  const int64_t group = (int64_t(blockIdx.x) * gridDim.y + blockIdx.y) * gridDim.z + blockIdx.z;
+  for (int tap = 0; tap < 9; tap++)
+    *reinterpret_cast<Four<float>*>(&partial[group * GROUP + (tap * CB + c) * CB + k]) = sum[tap];
 }
 
+// grid: (GROUP / 32, c_in / 16, c_out / 16); block: 32 weights x 16 rows of shares
 template <typename T>
-__global__ void grad_weight_sum(int64_t count, const float* partial, T* grad_weight) {
-  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= count) return;
+__global__ void grad_weight_sum(Layer g, int shares, const float* partial, T* grad_weight) {
+  __shared__ Sums<float, 1> found[512];
+  const int row = threadIdx.x / 32, at = blockIdx.x * 32 + threadIdx.x % 32;
+  const int64_t group = int64_t(blockIdx.y) * gridDim.z + blockIdx.z;
+  const int64_t groups = int64_t(gridDim.y) * gridDim.z;
   float sum = 0;
-  for (int part = 0; part < PARTS; part++) sum += partial[part * count + at];
-  grad_weight[at] = from_float<T>(sum);
+#pragma unroll 4
+  for (int share = row; share < shares; share += 16)
+    sum += partial[(share * groups + group) * GROUP + at];
+  found[threadIdx.x].v[0] = sum;
+  sum_rows(found, 16, 32);
+  const int k = blockIdx.z * CB + at % CB, c = blockIdx.y * CB + at / CB % CB, tap = at / CB / CB;
+  if (row == 0 && k < g.c_out && c < g.c_in)
+    grad_weight[(int64_t(k) * g.c_in + c) * 9 + tap] = from_float<T>(found[threadIdx.x].v[0]);
 }
+
+// Shares pixels among blocks of 256 threads: a thread takes four channels, `quads` of them (of all,
+// or as many as a block has) one pixel, a block `rows` pixels at a time.
+struct Quads {
+  int quads, rows;
+  __host__ __device__ explicit Quads(int channels)
+      : quads(channels > 1024 ? 256 : (channels + 3) / 4), rows(256 / quads) {}
+};
 
 // to = relu(normalised y + r), where r may be normalised, too; or, without norm, to = `from`
 template <typename T>
-__global__ void elementwise(int64_t count, int channels, Source from, const float* norm, const T* r,
-                            const float* norm_r, T* to) {
-  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= count) return;
-  const int c = at % channels;
-  float value[4];  // one of them
+__global__ void elementwise(int64_t pixels, int channels, Source from, const float* norm,
+                            const T* __restrict__ r, const float* norm_r, T* __restrict__ to) {
+  const Quads by(channels);
+  const int row = threadIdx.x / by.quads;
+  const int c = (blockIdx.y * by.quads + threadIdx.x % by.quads) * 4, left = channels - c;
+  const int64_t pixel = int64_t(blockIdx.x) * by.rows + row, at = pixel * channels + c;
+  const bool wide = channels % 4 == 0;
+  if (row >= by.rows || pixel >= pixels || left <= 0) return;
+  Four<float> value[1];
+  fetch4<T>(from, at, {0}, c, channels, wide, value);
   if (norm) {
-    float v = normalised(to_float(static_cast<const T*>(from.x)[at]), norm, c, channels);
-    if (r) v += norm_r ? normalised(to_float(r[at]), norm_r, c, channels) : to_float(r[at]);
-    value[0] = relu(v);
-  } else {
-    fetch4<T>(from, at, c, channels, 1, false, value);
+    const Scaling of_y(norm, SCALE, SHIFT, c, channels, wide);
+    for (int q = 0; q < 4; q++) value[0].v[q] = of_y(value[0].v[q], q);
+    if (r) {
+      Four<float> more = load4(r + at, left, wide);
+      if (norm_r) {
+        const Scaling of_r(norm_r, SCALE, SHIFT, c, channels, wide);
+        for (int q = 0; q < 4; q++) more.v[q] = of_r(more.v[q], q);
+      }
+      for (int q = 0; q < 4; q++) value[0].v[q] += more.v[q];
+    }
+    for (int q = 0; q < 4; q++) value[0].v[q] = relu(value[0].v[q]);
   }
-  to[at] = from_float<T>(value[0]);
+  store4(to + at, rounded<T>(value[0]), left, wide);
 }
 
-// grid: (parts, channels / 32); block: 32 channels x 8. SUMS rows a part, of y for its moments; or,
-// with `grad`, of the gradient and its products with y - center
+// grid: (parts, channels / 1024); a block: `share` pixels. A Part a channel and block, of y for its
+// moments; or, with `grad`, of the gradient and its products with y - center
 template <typename T>
-__global__ void column_sums(int64_t pixels, int channels, Source grad, const T* y,
+__global__ void column_sums(int64_t pixels, int64_t share, int channels, Source grad, const T* y,
                             const float* norm, float* partial) {
-  __shared__ float sums[2][8][32];
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32, c = blockIdx.y * 32 + lane;
-  const int64_t begin = pixels * blockIdx.x / gridDim.x;
-  const int64_t end = pixels * (blockIdx.x + 1) / gridDim.x;
-  float first = 0, second = 0, pivot = 0, value[4];
-  if (c < channels && begin < end) {
-    if (!grad.x) pivot = to_float(y[begin * channels + c]);
-    for (int64_t p = begin + row; p < end; p += 8) {
-      const float v = to_float(y[p * channels + c]);
-      if (grad.x) fetch4<T>(grad, p * channels + c, c, channels, 1, false, value);
-      const float d = grad.x ? value[0] : v - pivot;
-      first += d;
-      second += d * (grad.x ? v - norm[CENTER * channels + c] : d);
+  __shared__ Sums<float, 8> found[256];
+  const Quads by(channels);
+  const int row = threadIdx.x / by.quads;
+  const int c = (blockIdx.y * by.quads + threadIdx.x % by.quads) * 4, left = channels - c;
+  const bool wide = channels % 4 == 0;
+  const int64_t begin = blockIdx.x * share, end = begin + share < pixels ? begin + share : pixels;
+  Four<float> pivot = {}, center = {};
+  if (left > 0 && grad.x) center = load4(norm + CENTER * channels + c, left, wide);
+  if (left > 0 && !grad.x) pivot = load4(y + begin * channels + c, left, wide);
+  Sums<float, 8> mine = {};
+#pragma unroll 2
+  for (int64_t p = begin + row; p < end && row < by.rows && left > 0; p += by.rows) {
+    const Four<float> v = load4(y + p * channels + c, left, wide);
+    Four<float> value[1] = {v};
+    if (grad.x) fetch4<T>(grad, p * channels + c, {0}, c, channels, wide, value);
+    for (int q = 0; q < 4; q++) {
+      const float d = value[0].v[q] - pivot.v[q];
+      mine.v[q] += d;
+      mine.v[4 + q] += d * (grad.x ? v.v[q] - center.v[q] : d);
     }
   }
-  sums[0][row][lane] = first, sums[1][row][lane] = second;
-  __syncthreads();
-  if (row || c >= channels) return;
-  for (int from = 1; from < 8; from++)
-    first += sums[0][from][lane], second += sums[1][from][lane];
-  float* to = partial + int64_t(blockIdx.x) * SUMS * channels + c;
-  to[0] = end - begin, to[channels] = pivot, to[2 * channels] = first, to[3 * channels] = second;
+  found[threadIdx.x] = mine;
+  sum_rows(found, by.rows, by.quads);
+  for (int q = 0; q < 4 && q < left && row == 0; q++)
+    reinterpret_cast<Part*>(partial)[int64_t(c + q) * gridDim.x + blockIdx.x] = {
+        float(end - begin), pivot.v[q], found[threadIdx.x].v[q], found[threadIdx.x].v[4 + q]};
 }
 
-// A block a channel, 64 threads: moments of the parts, joined pair by pair
+// Of channel blockIdx.x, in the first of 256 threads: pixels, sum and sum of products of all parts,
+// both about the first part's pivot
+__device__ inline Sums<double, 3> sum_parts(int64_t parts, const float* partial) {
+  __shared__ Sums<double, 3> found[256];
+  const Part* of_channel = reinterpret_cast<const Part*>(partial) + blockIdx.x * parts;
+  const double pivot = of_channel[0].v[1];
+  Sums<double, 3> mine = {};
+#pragma unroll 4
+  for (int64_t at = threadIdx.x; at < parts; at += 256) {
+    const Part part = of_channel[at];
+    const double pixels = part.v[0], apart = part.v[1] - pivot, sum = part.v[2];
+    mine.v[0] += pixels;
+    mine.v[1] += sum + pixels * apart;
+    mine.v[2] += part.v[3] + apart * (2 * sum + pixels * apart);
+  }
+  found[threadIdx.x] = mine;
+  sum_rows(found, 256, 1);
+  return found[threadIdx.x];
+}
+
 __global__ void norm_rows(int64_t parts, int channels, const float* partial, Affine affine,
                           float* norm) {
-  __shared__ Moment found[64];
-  const int t = threadIdx.x, c = blockIdx.x;
-  found[t] = {0, 0, 0};
-  for (int64_t part = t; part < parts; part += 64) {
-    const float* row = partial + part * SUMS * channels + c;
-    const double n = row[0], sum = row[2 * channels];
-    if (n > 0) found[t].join({n, row[channels] + sum / n, row[3 * channels] - sum * sum / n});
-  }
-  for (int half = 32; half; half /= 2) {
-    __syncthreads();
-    if (t < half) found[t].join(found[t + half]);
-  }
-  if (!t) write_norm(found[0], affine, c, channels, norm);
+  const Sums<double, 3> sums = sum_parts(parts, partial);
+  const double pixels = sums.v[0], apart = sums.v[1] / pixels;
+  const double mean = partial[blockIdx.x * parts * 4 + 1] + apart;
+  if (threadIdx.x == 0)
+    write_norm({pixels, mean, sums.v[2] - apart * sums.v[1]}, affine, blockIdx.x, channels, norm);
 }
 
-__global__ void back_rows(int64_t parts, int channels, double pixels, const float* partial,
-                          const float* norm, const float* gamma, float* back) {
-  __shared__ double sums[64], products[64];
-  const int t = threadIdx.x, c = blockIdx.x;
-  sums[t] = products[t] = 0;
-  for (int64_t part = t; part < parts; part += 64) {
-    sums[t] += partial[(part * SUMS + 2) * channels + c];
-    products[t] += partial[(part * SUMS + 3) * channels + c];
-  }
-  for (int half = 32; half; half /= 2) {
-    __syncthreads();
-    if (t < half) sums[t] += sums[t + half], products[t] += products[t + half];
-  }
-  if (!t) write_back(sums[0], products[0], pixels, norm, gamma, c, channels, back);
+__global__ void back_rows(int64_t parts, int channels, const float* partial, const float* norm,
+                          const float* gamma, float* back) {
+  const Sums<double, 3> sums = sum_parts(parts, partial);
+  if (threadIdx.x == 0)
+    write_back(sums.v[1], sums.v[2], sums.v[0], norm, gamma, blockIdx.x, channels, back);
 }
 
 const char* failure() {  // of the launches so far, or null
@@ -474,7 +639,28 @@ const char* failure() {  // of the launches so far, or null
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// Null, or why the kernels cannot take this layer: they count within an image in 32 bits
+const char* refused(const Layer& g) {
+  const int64_t pixels = int64_t(g.height + TILE) * (g.width + TILE);
+  return pixels * std::max(g.c_in, g.c_out) < int64_t(1) << 31 ? nullptr
+                                                               : "an image is too large";
+}
+
 unsigned blocks(int64_t threads) { return (threads + 255) / 256; }
+
+// Tiles a block of grad_weight_partial sums, so that BLOCKS of them are there, but no fewer than
+// one for each group of weights: what they leave in memory is some MB, or as large as the weights
+int64_t groups(const Layer& g) {
+  return int64_t((g.c_in + CB - 1) / CB) * ((g.c_out + CB - 1) / CB);
+}
+int64_t tiles_a_share(const Layer& g) {
+  const int64_t shares = std::max<int64_t>(1, BLOCKS / groups(g));
+  return (tile_count(g.batch, g.y_height, g.y_width) + shares - 1) / shares;
+}
+int64_t shares(const Layer& g) {
+  const int64_t share = tiles_a_share(g);
+  return share ? (tile_count(g.batch, g.y_height, g.y_width) + share - 1) / share : 0;
+}
 
 template <typename T, int KB, int S, bool POOL, bool FLIP>
 void tiled(const Layer& g, const Source& x, const void* weight, void* y, void* pooled,
@@ -506,7 +692,7 @@ void forward(const Layer& g, bool plain, const Source& x, const void* weight, vo
                       : (wide ? tiled<T, 32, 1, false, false> : tiled<T, 16, 1, false, false>);
   run(g, x, weight, y, pooled, argmax, nullptr, {}, {}, norm_y ? partial : nullptr, stream);
   if (norm_y)
-    LAUNCH(norm_rows, dim3(g.c_out), dim3(64), stream, tile_count(g.batch, g.y_height, g.y_width),
+    LAUNCH(norm_rows, dim3(g.c_out), dim3(256), stream, tile_count(g.batch, g.y_height, g.y_width),
            g.c_out, partial, affine, norm_y);
 }
 
@@ -526,49 +712,51 @@ void grad_input(const Layer& g, const Source& grad_y, const void* weight, const 
       back, grad_y, weight, grad_x, nullptr, nullptr, argmax, extra, back_x ? x : Source{},
       back_x ? partial : nullptr, stream);
   if (back_x)
-    LAUNCH(back_rows, dim3(g.c_in), dim3(64), stream, tile_count(g.batch, g.height, g.width),
-           g.c_in, double(g.batch) * g.height * g.width, partial, x.norm, gamma, back_x);
+    LAUNCH(back_rows, dim3(g.c_in), dim3(256), stream, tile_count(g.batch, g.height, g.width),
+           g.c_in, static_cast<const float*>(partial), x.norm, gamma, back_x);
 }
 
 template <typename T>
 void grad_weight(const Layer& g, const Source& x, const Source& grad_y, float* partial,
                  void* result, cudaStream_t stream) {
-  const dim3 grid(PARTS, (g.c_in + 15) / 16, (g.c_out + 15) / 16);
-  LAUNCH((g.stride == 2 ? grad_weight_partial<T, 2> : grad_weight_partial<T, 1>), grid, dim3(64),
-         stream, g, x, grad_y, partial);
-  const int64_t count = int64_t(g.c_out) * g.c_in * 9;
-  LAUNCH(grad_weight_sum<T>, dim3(blocks(count)), dim3(256), stream, count,
+  const unsigned across = (g.c_in + CB - 1) / CB, down = (g.c_out + CB - 1) / CB;
+  const unsigned count = shares(g);
+  if (count)
+    LAUNCH((g.stride == 2 ? grad_weight_partial<T, 2> : grad_weight_partial<T, 1>),
+           dim3(count, across, down), dim3(64), stream, g, x, grad_y, tiles_a_share(g), partial);
+  LAUNCH(grad_weight_sum<T>, dim3(GROUP / 32, across, down), dim3(512), stream, g, int(count),
          static_cast<const float*>(partial), static_cast<T*>(result));
 }
 
 template <typename T>
 void run_elementwise(int64_t pixels, int channels, const Source& from, const float* norm,
                      const void* r, const float* norm_r, void* to, cudaStream_t stream) {
-  LAUNCH(elementwise<T>, dim3(blocks(pixels * channels)), dim3(256), stream, pixels * channels,
-         channels, from, norm, static_cast<const T*>(r), norm_r, static_cast<T*>(to));
+  const Quads by(channels);
+  LAUNCH(elementwise<T>, dim3((pixels + by.rows - 1) / by.rows, (channels + 1023) / 1024),
+         dim3(256), stream, pixels, channels, from, norm, static_cast<const T*>(r), norm_r,
+         static_cast<T*>(to));
 }
 
-constexpr int MOST_PARTS = PARTIAL_ROWS / SUMS;
+// Returns the number of parts
 template <typename T>
-void run_column_sums(int64_t pixels, int channels, const Source& grad, const void* y,
-                     const float* norm, float* partial, cudaStream_t stream) {
-  LAUNCH(column_sums<T>, dim3(MOST_PARTS, (channels + 31) / 32), dim3(256), stream, pixels,
+int64_t run_column_sums(int64_t pixels, int channels, const Source& grad, const void* y,
+                        const float* norm, float* partial, cudaStream_t stream) {
+  const int64_t share = (pixels + MOST_PARTS - 1) / MOST_PARTS;
+  const int64_t parts = (pixels + share - 1) / share;
+  LAUNCH(column_sums<T>, dim3(parts, (channels + 1023) / 1024), dim3(256), stream, pixels, share,
          channels, grad, static_cast<const T*>(y), norm, partial);
+  return parts;
 }
 
 }  // namespace
 
 int64_t forward_partial_floats(const Layer& g) {
-  return SUMS * tile_count(g.batch, g.y_height, g.y_width) * g.c_out;
+  return 4 * tile_count(g.batch, g.y_height, g.y_width) * g.c_out;
 }
-
 int64_t grad_input_partial_floats(const Layer& g) {
-  return SUMS * tile_count(g.batch, g.height, g.width) * g.c_in;
+  return 4 * tile_count(g.batch, g.height, g.width) * g.c_in;
 }
-
-int64_t grad_weight_partial_floats(const Layer& g) {
-  return int64_t(PARTS) * g.c_out * g.c_in * 9;
-}
+int64_t grad_weight_partial_floats(const Layer& g) { return shares(g) * groups(g) * GROUP; }
 
 #define BY_TYPE(function, ...)                                         \
   (type == FLOAT32 ? function<float> : type == FLOAT16 ? function<__half> \
@@ -577,7 +765,10 @@ int64_t grad_weight_partial_floats(const Layer& g) {
 const char* launch_forward(Type type, const Layer& g, bool plain, const Source& x,
                            const void* weight, void* y, void* pooled, uint8_t* argmax,
                            const Affine& affine, float* partial, float* norm_y, void* stream) {
-  if (g.batch)
+  if (x.norm && argmax) return "a normalised input cannot be max-pooled";
+  if (plain && (x.norm || norm_y)) return "the reference kernels do not normalise";
+  if (const char* message = refused(g)) return message;
+  if (g.batch && g.c_out)
     BY_TYPE(forward, g, plain, x, weight, y, pooled, argmax, affine, partial, norm_y,
             cudaStream_t(stream));
   return failure();
@@ -587,7 +778,10 @@ const char* launch_grad_input(Type type, const Layer& g, const Source& grad_y, c
                               const uint8_t* argmax, const Source& extra, void* grad_x,
                               const Source& x, const float* gamma, float* partial, float* back_x,
                               void* stream) {
-  if (g.batch)
+  if (g.stride == 2 && (grad_y.out || grad_y.back || argmax || extra.x || back_x))
+    return "with a stride only the convolution has a way back";
+  if (const char* message = refused(g)) return message;
+  if (g.batch && g.c_in)
     BY_TYPE(grad_input, g, grad_y, weight, argmax, extra, grad_x, x, gamma, partial, back_x,
             cudaStream_t(stream));
   return failure();
@@ -595,20 +789,25 @@ const char* launch_grad_input(Type type, const Layer& g, const Source& grad_y, c
 
 const char* launch_grad_weight(Type type, const Layer& g, const Source& x, const Source& grad_y,
                                float* partial, void* result, void* stream) {
-  BY_TYPE(grad_weight, g, x, grad_y, partial, result, cudaStream_t(stream));
+  if (const char* message = refused(g)) return message;
+  if (g.c_in && g.c_out)
+    BY_TYPE(grad_weight, g, x, grad_y, partial, result, cudaStream_t(stream));
   return failure();
 }
 
 const char* launch_moments(Type type, int64_t pixels, int channels, const void* y,
                            const Affine& affine, float* partial, float* norm, void* stream) {
-  BY_TYPE(run_column_sums, pixels, channels, {}, y, nullptr, partial, cudaStream_t(stream));
-  LAUNCH(norm_rows, dim3(channels), dim3(64), cudaStream_t(stream), int64_t(MOST_PARTS), channels,
-         partial, affine, norm);
+  if (!pixels || !channels) return nullptr;
+  const int64_t parts =
+      BY_TYPE(run_column_sums, pixels, channels, {}, y, nullptr, partial, cudaStream_t(stream));
+  LAUNCH(norm_rows, dim3(channels), dim3(256), cudaStream_t(stream), parts, channels, partial,
+         affine, norm);
   return failure();
 }
 
 const char* launch_finish(Type type, int64_t pixels, int channels, const void* y, const float* norm,
                           const void* r, const float* norm_r, void* out, void* stream) {
+  if (!pixels || !channels) return nullptr;
   BY_TYPE(run_elementwise, pixels, channels, {y}, norm, r, norm_r, out, cudaStream_t(stream));
   return failure();
 }
@@ -616,14 +815,17 @@ const char* launch_finish(Type type, int64_t pixels, int channels, const void* y
 const char* launch_finish_backward(Type type, int64_t pixels, int channels, const Source& grad,
                                    const void* y, const float* norm, const float* gamma,
                                    float* partial, float* back, void* stream) {
-  BY_TYPE(run_column_sums, pixels, channels, grad, y, norm, partial, cudaStream_t(stream));
-  LAUNCH(back_rows, dim3(channels), dim3(64), cudaStream_t(stream), int64_t(MOST_PARTS), channels,
-         double(pixels), partial, norm, gamma, back);
+  if (!pixels || !channels) return nullptr;
+  const int64_t parts =
+      BY_TYPE(run_column_sums, pixels, channels, grad, y, norm, partial, cudaStream_t(stream));
+  LAUNCH(back_rows, dim3(channels), dim3(256), cudaStream_t(stream), parts, channels, partial,
+         norm, gamma, back);
   return failure();
 }
 
 const char* launch_apply_backward(Type type, int64_t pixels, int channels, const Source& grad,
                                   void* grad_y, void* stream) {
+  if (!pixels || !channels) return nullptr;
   BY_TYPE(run_elementwise, pixels, channels, grad, nullptr, nullptr, nullptr, grad_y,
           cudaStream_t(stream));
   return failure();

@@ -136,16 +136,15 @@ struct Source {
 };
 
 // Each launches on `stream` (a cudaStream_t) and returns CUDA's message if that failed, else null.
-// partial: scratch, as many floats as the launch's function says.
-int64_t forward_partial_floats(const Layer& g);  // with norm_y, else none
-int64_t grad_input_partial_floats(const Layer& g);  // with back_x, else none
-int64_t grad_weight_partial_floats(const Layer& g);
+// Weights are NHWC, too: (c_out,3,3,c_in). Where channels are a multiple of four, addresses must be
+// one of 16 bytes. partial: scratch, as many floats as the function named after the launch says.
 
 // argmax: null unless the layer max-pools. plain: the reference kernels, for an x without norm.
 // norm_y: null, or y's rows to fill
 const char* launch_forward(Type type, const Layer& g, bool plain, const Source& x,
                            const void* weight, void* y, void* pooled, uint8_t* argmax,
                            const Affine& affine, float* partial, float* norm_y, void* stream);
+int64_t forward_partial_floats(const Layer& g);  // with norm_y; else none
 // grad_x has the layer input's size; extra: null, or what of the gradient of `pooled` (of x,
 // without argmax) comes from elsewhere. With an odd x_height or x_width and argmax, grad_x must be
 // zeroed before. back_x: null, or rows to fill, for grad_x the gradient of the normalised x.
@@ -153,9 +152,11 @@ const char* launch_grad_input(Type type, const Layer& g, const Source& grad_y, c
                               const uint8_t* argmax, const Source& extra, void* grad_x,
                               const Source& x, const float* gamma, float* partial, float* back_x,
                               void* stream);
-// x: the convolution's input
+int64_t grad_input_partial_floats(const Layer& g);  // with back_x; else none
+// x: the convolution's input. result: (c_out,c_in,3,3)
 const char* launch_grad_weight(Type type, const Layer& g, const Source& x, const Source& grad_y,
                                float* partial, void* result, void* stream);
+int64_t grad_weight_partial_floats(const Layer& g);
 
 // As the functions of these names above; partial: PARTIAL_ROWS * channels floats
 constexpr int PARTIAL_ROWS = 4 * 256;
