@@ -100,6 +100,16 @@ __device__ inline Four<float> load4(const T* p, int left, bool wide) {
   return to;
 }
 
+// At several places, one load after the other under way before the first is used
+template <typename T, int COUNT>
+__device__ inline void load4(const T* p, const int (&at)[COUNT], int left, bool wide,
+                             Four<float> (&to)[COUNT]) {
+  if (wide)
+    for (int r = 0; r < COUNT; r++) to[r] = load4(p + at[r], left, true);
+  else
+    for (int r = 0; r < COUNT; r++) to[r] = load4(p + at[r], left, false);
+}
+
 template <typename T>
 __device__ inline void store4(T* p, const Four<T>& values, int left, bool wide) {
   if (wide) *reinterpret_cast<Four<T>*>(p) = values;
@@ -129,30 +139,27 @@ struct Scaling {
 };
 
 // What `from` describes, four channels from c on of COUNT pixels: to[r], from element
-// base + at[r] on. All loads of a tensor are under way before the first is used.
+// base + at[r] on
 template <typename T, int COUNT>
 __device__ inline void fetch4(const Source& from, int64_t base, const int (&at)[COUNT], int c,
                               int channels, bool wide, Four<float> (&to)[COUNT]) {
   const int left = channels - c;
   Four<float> other[COUNT];
-  for (int r = 0; r < COUNT; r++)
-    to[r] = load4(static_cast<const T*>(from.x) + base + at[r], left, wide);
+  load4(static_cast<const T*>(from.x) + base, at, left, wide, to);
   if (from.norm) {
     const Scaling norm(from.norm, SCALE, SHIFT, c, channels, wide);
     for (int r = 0; r < COUNT; r++)
       for (int q = 0; q < 4; q++) to[r].v[q] = relu(norm(to[r].v[q], q));
   }
   if (from.out) {
-    for (int r = 0; r < COUNT; r++)
-      other[r] = load4(static_cast<const T*>(from.out) + base + at[r], left, wide);
+    load4(static_cast<const T*>(from.out) + base, at, left, wide, other);
     for (int r = 0; r < COUNT; r++)
       for (int q = 0; q < 4; q++) to[r].v[q] = other[r].v[q] <= 0 ? 0.0f : to[r].v[q];
   }
   if (from.back) {
     const Scaling by_y(from.back, BY_Y, BY_1, c, channels, wide);
     const Four<float> by_g = load4(from.back + BY_G * channels + c, left, wide);
-    for (int r = 0; r < COUNT; r++)
-      other[r] = load4(static_cast<const T*>(from.y) + base + at[r], left, wide);
+    load4(static_cast<const T*>(from.y) + base, at, left, wide, other);
     for (int r = 0; r < COUNT; r++)
       for (int q = 0; q < 4; q++)
         to[r].v[q] = to[r].v[q] * by_g.v[q] + by_y(other[r].v[q], q);
@@ -252,9 +259,9 @@ struct Place {
   }
 };
 
-// Fills `to` with what `from` describes: CB channels from c0 on of image n's SIDE x SIDE pixels from
-// (top, left) on, zeros outside of it. A thread without a pixel loads the image's first one.
-template <typename T, int THREADS, bool WIDE, int SIDE>
+// Fills `to` with what `from` describes: CB channels from c0 on of the pixels of image n from
+// (top, left) on, zeros outside. A thread whose pixel is outside loads the image's first one.
+template <typename T, int THREADS, int SIDE>
 __device__ inline void stage(const Source& from, int n, int top, int left, int height, int width,
                              int channels, int c0, Pixels<SIDE>& to) {
   constexpr int STEP = THREADS / 4, ROUNDS = (SIDE * SIDE + STEP - 1) / STEP;
@@ -273,7 +280,8 @@ __device__ inline void stage(const Source& from, int n, int top, int left, int h
                   c < channels;
       at[r] = inside[r] ? (row * width + column) * channels + c : 0;
     }
-    fetch4<T>(from, image, at, c < channels ? c : 0, channels, WIDE, value);
+    fetch4<T>(from, image, at, c < channels ? c : 0, channels, channels % 4 == 0,
+              value);
 #pragma unroll
     for (int r = 0; r < COUNT; r++) {
       const int pixel = first + r * STEP;
@@ -317,7 +325,7 @@ __device__ inline void stage_pooled(const Layer& g, const T* x, const Place& at,
 
 // Fills ws[c][tap][k] with the weights from channels c0 and k0 on, zeros where there are none. A
 // thread: nine taps of four c of a k; with FLIP, which transposes and rotates, of four k of a c.
-template <typename T, int KB, bool FLIP, bool WIDE>
+template <typename T, int KB, bool FLIP>
 __device__ inline void stage_weights(const Layer& g, const T* weight, int c0, int k0,
                                      float (*ws)[9][KB + 4]) {
   const int t = threadIdx.x;
@@ -326,11 +334,12 @@ __device__ inline void stage_weights(const Layer& g, const T* weight, int c0, in
   const int row = FLIP ? c0 + c : k0 + k, column = FLIP ? k0 + k : c0 + c;
   const int rows = FLIP ? g.c_in : g.c_out, columns = FLIP ? g.c_out : g.c_in;
   const bool inside = row < rows && column < columns;
-  const T* from = weight + (inside ? int64_t(row) * 9 * columns + column : 0);
+  int at[9];
   Four<float> value[9];
 #pragma unroll
-  for (int tap = 0; tap < 9; tap++)
-    value[tap] = load4(from + int64_t(FLIP ? 8 - tap : tap) * columns, columns - column, WIDE);
+  for (int tap = 0; tap < 9; tap++) at[tap] = (FLIP ? 8 - tap : tap) * columns;
+  load4(weight + (inside ? int64_t(row) * 9 * columns + column : 0), at, columns - column,
+        columns % 4 == 0, value);
 #pragma unroll
   for (int tap = 0; tap < 9; tap++) {
     for (int q = 0; q < 4; q++) value[tap].v[q] = inside ? value[tap].v[q] : 0.0f;
@@ -365,14 +374,9 @@ __global__ void __launch_bounds__(4 * KB, 128 / KB) conv_tiled(
     if (POOL)
       stage_pooled<T, THREADS>(g, static_cast<const T*>(source.x), at, c0,
                                blockIdx.y ? nullptr : pooled, argmax, xs);
-    else if (g.c_in % 4 == 0)
-      stage<T, THREADS, true>(source, at.n, top, left, g.height, g.width, g.c_in, c0, xs);
     else
-      stage<T, THREADS, false>(source, at.n, top, left, g.height, g.width, g.c_in, c0, xs);
-    if (FLIP ? wide_out : g.c_in % 4 == 0)
-      stage_weights<T, KB, FLIP, true>(g, weight, c0, k0, ws);
-    else
-      stage_weights<T, KB, FLIP, false>(g, weight, c0, k0, ws);
+      stage<T, THREADS>(source, at.n, top, left, g.height, g.width, g.c_in, c0, xs);
+    stage_weights<T, KB, FLIP>(g, weight, c0, k0, ws);
     __syncthreads();
     const int channels = g.c_in - c0 < CB ? g.c_in - c0 : CB;
 #pragma unroll 1
@@ -411,8 +415,7 @@ __global__ void __launch_bounds__(4 * KB, 128 / KB) conv_tiled(
   if (before.x) {
     const Scaling norm(before.norm, SCALE, SHIFT, c, g.c_out, wide_out);
     center = norm.center;
-    for (int p = 0; p < 4; p++)
-      value[p] = load4(static_cast<const T*>(before.x) + image + out[p], left, wide_out);
+    load4(static_cast<const T*>(before.x) + image, out, left, wide_out, value);
     for (int p = 0; p < 4; p++)
       for (int q = 0; q < 4; q++)
         sum[p].v[q] = norm(value[p].v[q], q) <= 0 ? 0.0f : sum[p].v[q];
@@ -479,14 +482,8 @@ __global__ void __launch_bounds__(64, 8) grad_weight_partial(
   for (int64_t tile = begin; tile < tiles && tile < begin + share; tile++) {
     const Place at(g, tile);
     const int top = at.top * S - 1, left = at.left * S - 1;
-    if (g.c_in % 4 == 0)
-      stage<T, 64, true>(x, at.n, top, left, g.height, g.width, g.c_in, c0, xs);
-    else
-      stage<T, 64, false>(x, at.n, top, left, g.height, g.width, g.c_in, c0, xs);
-    if (g.c_out % 4 == 0)
-      stage<T, 64, true>(grad_y, at.n, at.top, at.left, g.y_height, g.y_width, g.c_out, k0, gs);
-    else
-      stage<T, 64, false>(grad_y, at.n, at.top, at.left, g.y_height, g.y_width, g.c_out, k0, gs);
+    stage<T, 64>(x, at.n, top, left, g.height, g.width, g.c_in, c0, xs);
+    stage<T, 64>(grad_y, at.n, at.top, at.left, g.y_height, g.y_width, g.c_out, k0, gs);
     __syncthreads();
 #pragma unroll 1
     for (int i = 0; i < TILE; i++) {

@@ -1,7 +1,7 @@
 // Lets g++ compile and run pool_conv.cu on a CPU: every thread of a block is a fiber, __syncthreads
 // hands over to the next one. EMULATION_ORDER (0, 1, 2) runs a block's threads forwards, backwards
 // or shuffled, so that a missing barrier changes the result; threads of a block that meet different
-// numbers of barriers end the process.
+// numbers of barriers end the process. A grid that CUDA refuses is an error here, too.
 #pragma once
 #define CUDA_EMULATION
 #include <ucontext.h>
@@ -13,6 +13,7 @@
 #include <cstring>
 #include <functional>
 #include <random>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -28,9 +29,10 @@ struct dim3 {
 inline dim3 blockIdx, blockDim, gridDim, threadIdx;
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
+inline cudaError_t last_error;
+inline cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
 
 using __half = _Float16;
 struct __nv_bfloat16 {
@@ -69,6 +71,10 @@ inline void enter() {
 
 inline void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   static std::vector<Fiber> fibers(1024);
+  if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || block.x > 1024) {
+    last_error = cudaErrorInvalidConfiguration;
+    return;
+  }
   const char* set = getenv("EMULATION_ORDER");
   const int order = set ? atoi(set) : 0;
   std::vector<unsigned> turns(block.x);
