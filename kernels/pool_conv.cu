@@ -42,6 +42,7 @@
 #include "pool_conv.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #ifndef CUDA_EMULATION
 #include <cuda_bf16.h>
@@ -55,7 +56,8 @@ namespace {
 
 constexpr int TILE = 8;              // outputs of a block, in both directions
 constexpr int CB = 16;               // input channels in shared memory at a time
-constexpr int PITCH = CB + 4;        // floats from a pixel there to the next
+template <typename E>  // from a pixel there to the next
+constexpr int PITCH = CB + 16 / int(sizeof(E));
 constexpr int GROUP = 9 * CB * CB;   // weights whose gradient a block sums
 constexpr int BLOCKS = 8 * 132;      // of such blocks: an H100 several times filled
 constexpr int MOST_PARTS = PARTIAL_ROWS / 4;  // of a tensor's sums
@@ -66,11 +68,30 @@ struct alignas(4 * sizeof(T)) Four {
 };
 using Part = Four<float>;  // of a channel's sums: pixels, pivot, sum, sum of products
 
-// SIDE x SIDE pixels of CB channels in shared memory. With PITCH and the 4 at a row's end the
-// threads of a warp, which read 16 bytes each of 4 or 8 pixels, meet every bank once.
-template <int SIDE>
+// What a convolution multiplies: float32, or float16 and bfloat16 where tensor cores take both
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <typename T>
+using Factor = float;
+#else
+template <typename T>
+using Factor = T;
+#endif
+
+// SIDE x SIDE pixels of CB channels in shared memory. With PITCH and the 16 bytes at a row's end
+// the threads of a warp, which read 16 (tensor cores: 4) bytes each, meet every bank once.
+template <typename E, int SIDE>
 struct alignas(16) Pixels {
-  float v[SIDE][SIDE * PITCH + 4];
+  E v[SIDE][SIDE * PITCH<E> + 16 / sizeof(E)];
+};
+
+// The weights from CB to KB channels there: k innermost, for the tensor cores c
+template <typename E, int KB>
+struct alignas(16) Weights {
+  static constexpr bool BY_C = sizeof(E) == 2;
+  E v[9 * (BY_C ? KB * PITCH<E> : CB * (KB + 4))];
+  __device__ E* at(int c, int tap, int k) {
+    return v + (BY_C ? (tap * KB + k) * PITCH<E> + c : (c * 9 + tap) * (KB + 4) + k);
+  }
 };
 
 __device__ inline float to_float(float v) { return v; }
@@ -261,9 +282,9 @@ struct Place {
 
 // Fills `to` with what `from` describes: CB channels from c0 on of the pixels of image n from
 // (top, left) on, zeros outside. A thread whose pixel is outside loads the image's first one.
-template <typename T, int THREADS, int SIDE>
+template <typename T, int THREADS, typename E, int SIDE>
 __device__ inline void stage(const Source& from, int n, int top, int left, int height, int width,
-                             int channels, int c0, Pixels<SIDE>& to) {
+                             int channels, int c0, Pixels<E, SIDE>& to) {
   constexpr int STEP = THREADS / 4, ROUNDS = (SIDE * SIDE + STEP - 1) / STEP;
   constexpr int COUNT = ROUNDS < 4 ? ROUNDS : 4;
   const int lane = threadIdx.x % 4 * 4, c = c0 + lane;
@@ -287,17 +308,16 @@ __device__ inline void stage(const Source& from, int n, int top, int left, int h
       const int pixel = first + r * STEP;
       for (int q = 0; q < 4; q++) value[r].v[q] = inside[r] ? value[r].v[q] : 0.0f;
       if (pixel < SIDE * SIDE)
-        *reinterpret_cast<Four<float>*>(&to.v[pixel / SIDE][pixel % SIDE * PITCH + lane]) =
-            value[r];
+        store4(&to.v[pixel / SIDE][pixel % SIDE * PITCH<E> + lane], rounded<E>(value[r]), 4, true);
     }
   }
 }
 
 // Likewise the max-pool of x around the tile `at`; what lies in the tile itself goes to `pooled`
 // and `argmax`, if not null.
-template <typename T, int THREADS, int SIDE>
+template <typename T, int THREADS, typename E, int SIDE>
 __device__ inline void stage_pooled(const Layer& g, const T* x, const Place& at, int c0, T* pooled,
-                                    uint8_t* argmax, Pixels<SIDE>& to) {
+                                    uint8_t* argmax, Pixels<E, SIDE>& to) {
   const int lane = threadIdx.x % 4 * 4, c = c0 + lane, left = g.c_in - c;
   const bool wide = g.c_in % 4 == 0;
   for (int pixel = threadIdx.x / 4; pixel < SIDE * SIDE; pixel += THREADS / 4) {
@@ -319,15 +339,15 @@ __device__ inline void stage_pooled(const Layer& g, const T* x, const Place& at,
         store4(argmax + out, index, left, wide);
       }
     }
-    *reinterpret_cast<Four<float>*>(&to.v[i][j * PITCH + lane]) = best;
+    store4(&to.v[i][j * PITCH<E> + lane], rounded<E>(best), 4, true);
   }
 }
 
-// Fills ws[c][tap][k] with the weights from channels c0 and k0 on, zeros where there are none. A
+// Fills `to` with the weights from channels c0 and k0 on, zeros where there are none. A
 // thread: nine taps of four c of a k; with FLIP, which transposes and rotates, of four k of a c.
-template <typename T, int KB, bool FLIP>
+template <typename T, bool FLIP, typename E, int KB>
 __device__ inline void stage_weights(const Layer& g, const T* weight, int c0, int k0,
-                                     float (*ws)[9][KB + 4]) {
+                                     Weights<E, KB>& to) {
   const int t = threadIdx.x;
   const int c = FLIP ? t / (KB / 4) : t % 2 * 4 + t / (2 * KB) * 8;
   const int k = FLIP ? t % (KB / 4) * 4 : t / 2 % KB;
@@ -343,10 +363,92 @@ __device__ inline void stage_weights(const Layer& g, const T* weight, int c0, in
 #pragma unroll
   for (int tap = 0; tap < 9; tap++) {
     for (int q = 0; q < 4; q++) value[tap].v[q] = inside ? value[tap].v[q] : 0.0f;
-    if (FLIP)
-      *reinterpret_cast<Four<float>*>(&ws[c][tap][k]) = value[tap];
-    for (int q = 0; !FLIP && q < 4; q++) ws[c + q][tap][k] = value[tap].v[q];
+    const Four<E> four = rounded<E>(value[tap]);
+    if (FLIP != to.BY_C) store4(to.at(c, tap, k), four, 4, true);
+    for (int q = 0; FLIP == to.BY_C && q < 4; q++)
+      *to.at(FLIP ? c : c + q, tap, FLIP ? k + q : k) = four.v[q];
   }
+}
+
+// sum[p].v[q] += the convolution of the staged channels, for the outputs (row, column + p) of the
+// tile and channels k + q, where row, column and k are by threadIdx.x as in conv_tiled
+template <int S, int IN, int KB>
+__device__ inline void multiply(const Pixels<float, IN>& xs, Weights<float, KB>& ws, int channels,
+                                Four<float> (&sum)[4]) {
+  const int k = threadIdx.x % (KB / 4) * 4, pixel = threadIdx.x / (KB / 4);
+  const int row = pixel / 2 * S, column = pixel % 2 * 4 * S;
+#pragma unroll 1
+  for (int c = 0; c < channels; c += 4)
+#pragma unroll
+    for (int a = 0; a < 3; a++) {
+      Four<float> line[3 * S + 3];  // [j].v[c]
+      for (int j = 0; j < 3 * S + 3; j++)
+        line[j] = load4(&xs.v[row + a][(column + j) * PITCH<float> + c], 4, true);
+      for (int q = 0; q < 12; q++) {
+        const int b = q / 4, u = q % 4;
+        const Four<float> w = load4(ws.at(c + u, 3 * a + b, k), 4, true);
+        for (int p = 0; p < 4; p++)
+          for (int r = 0; r < 4; r++) sum[p].v[r] += line[p * S + b].v[u] * w.v[r];
+      }
+    }
+}
+
+#ifndef CUDA_EMULATION
+// d += a b for 16 x 16 times 16 x 8, in one instruction of a warp. Each register of a and b holds
+// two neighbours. With g = lane / 4 and t = lane % 4:
+//   a: {row g, columns 2t, 2t+1}, {row g+8, these}, {row g, columns 2t+8, 2t+9}, {row g+8, these}
+//   b: {rows 2t, 2t+1 of column g}, {rows 2t+8, 2t+9}
+//   d: row g, columns 2t and 2t+1; row g+8, these
+template <typename T>
+__device__ inline void mma(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&d)[4]) {
+#define MMA(type)                                                                       \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                             \
+      ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                       \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                   \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (std::is_same_v<T, __half>)
+    MMA("f16");
+  else
+    MMA("bf16");
+}
+#endif
+
+// Likewise on tensor cores: a warp has four rows of the tile and 16 channels, an mma two rows (its
+// rows are the pixels), 8 channels and a tap. sum[2 m + n] is what mma of rows m and channels n
+// leaves; `collect` makes the above of it.
+template <int S, typename T, int IN, int KB>
+__device__ inline void multiply(const Pixels<T, IN>& xs, Weights<T, KB>& ws, int,
+                                Four<float> (&sum)[4]) {
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
+  const int row = warp % 2 * 4, k = warp / 2 * 16 + g;
+#pragma unroll
+  for (int tap = 0; tap < 9; tap++) {
+    uint32_t a[2][4], b[2][2];
+    for (int m = 0; m < 2; m++)
+      for (int q = 0; q < 4; q++)
+        a[m][q] = *reinterpret_cast<const uint32_t*>(
+            &xs.v[(row + 2 * m + q % 2) * S + tap / 3]
+                 [(g * S + tap % 3) * PITCH<T> + q / 2 * 8 + c]);
+    for (int n = 0; n < 2; n++)
+      for (int q = 0; q < 2; q++)
+        b[n][q] = *reinterpret_cast<const uint32_t*>(ws.at(q * 8 + c, tap, k + 8 * n));
+    for (int m = 0; m < 2; m++)
+      for (int n = 0; n < 2; n++) mma<T>(a[m], b[n], sum[2 * m + n].v);
+  }
+}
+
+template <int KB>
+__device__ inline void collect(float* scratch, Four<float> (&sum)[4]) {
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (int q = 0; q < 16; q++) {
+    const int row = warp % 2 * 4 + q / 8 * 2 + q % 4 / 2;
+    const int k = warp / 2 * 16 + q / 4 % 2 * 8 + 2 * t + q % 2;
+    scratch[(row * TILE + g) * (KB + 4) + k] = sum[q / 4].v[q % 4];
+  }
+  __syncthreads();
+  const int k = threadIdx.x % (KB / 4) * 4, pixel = threadIdx.x / (KB / 4) * 4;
+  for (int p = 0; p < 4; p++) sum[p] = load4(&scratch[(pixel + p) * (KB + 4) + k], 4, true);
+  __syncthreads();
 }
 
 // grid: (tiles, c_out / KB); block: 16 * KB / 4 threads. POOL: x is pooled on the way, and the
@@ -361,8 +463,10 @@ __global__ void __launch_bounds__(4 * KB, 128 / KB) conv_tiled(
     T* __restrict__ pooled, uint8_t* __restrict__ argmax, const uint8_t* __restrict__ unpool,
     Source extra, Source before, float* __restrict__ partial) {
   constexpr int IN = (TILE - 1) * S + 3, THREADS = 4 * KB;
-  __shared__ Pixels<IN> xs;
-  alignas(16) __shared__ float ws[CB][9][KB + 4];
+  __shared__ struct {
+    Pixels<Factor<T>, IN> xs;
+    Weights<Factor<T>, KB> ws;
+  } staged;
   const Place at(g, blockIdx.x);
   const int k0 = blockIdx.y * KB, k = threadIdx.x % (KB / 4) * 4;
   const int pixel = threadIdx.x / (KB / 4), row = pixel / 2, column = pixel % 2 * 4;
@@ -373,29 +477,16 @@ __global__ void __launch_bounds__(4 * KB, 128 / KB) conv_tiled(
     const int top = at.top * S - 1, left = at.left * S - 1;
     if (POOL)
       stage_pooled<T, THREADS>(g, static_cast<const T*>(source.x), at, c0,
-                               blockIdx.y ? nullptr : pooled, argmax, xs);
+                               blockIdx.y ? nullptr : pooled, argmax, staged.xs);
     else
-      stage<T, THREADS>(source, at.n, top, left, g.height, g.width, g.c_in, c0, xs);
-    stage_weights<T, KB, FLIP>(g, weight, c0, k0, ws);
+      stage<T, THREADS>(source, at.n, top, left, g.height, g.width, g.c_in, c0, staged.xs);
+    stage_weights<T, FLIP>(g, weight, c0, k0, staged.ws);
     __syncthreads();
-    const int channels = g.c_in - c0 < CB ? g.c_in - c0 : CB;
-#pragma unroll 1
-    for (int c = 0; c < channels; c += 4)
-#pragma unroll
-      for (int a = 0; a < 3; a++) {
-        Four<float> line[3 * S + 3];  // [j].v[c]
-        for (int j = 0; j < 3 * S + 3; j++)
-          line[j] = *reinterpret_cast<const Four<float>*>(
-              &xs.v[row * S + a][(column * S + j) * PITCH + c]);
-        for (int q = 0; q < 12; q++) {
-          const int b = q / 4, u = q % 4;
-          const Four<float> w = *reinterpret_cast<const Four<float>*>(&ws[c + u][3 * a + b][k]);
-          for (int p = 0; p < 4; p++)
-            for (int r = 0; r < 4; r++) sum[p].v[r] += line[p * S + b].v[u] * w.v[r];
-        }
-      }
+    multiply<S>(staged.xs, staged.ws, g.c_in - c0 < CB ? g.c_in - c0 : CB, sum);
     __syncthreads();
   }
+  float* scratch = reinterpret_cast<float*>(&staged);  // which is free now
+  if (sizeof(Factor<T>) == 2) collect<KB>(scratch, sum);
 
   const int i = at.top + row, j = at.left + column, left = g.c_out - k0 - k;
   const int64_t image = int64_t(at.n) * g.y_height * g.y_width * g.c_out;
@@ -441,12 +532,11 @@ __global__ void __launch_bounds__(4 * KB, 128 / KB) conv_tiled(
   }
   if (!partial) return;
 
-  // xs is free now: there the first pixel's y, which the sums are taken about, then the sums
-  float* pivot = xs.v[0];
+  // Sums about the first pixel's y
   if (pixel == 0)
-    for (int q = 0; q < 4; q++) pivot[k + q] = before.x ? 0.0f : to_float(stored[0].v[q]);
+    for (int q = 0; q < 4; q++) scratch[k + q] = before.x ? 0.0f : to_float(stored[0].v[q]);
   __syncthreads();
-  const Four<float> about = *reinterpret_cast<const Four<float>*>(&pivot[k]);
+  const Four<float> about = load4(&scratch[k], 4, true);
   __syncthreads();
   Sums<float, 8> mine = {};  // of four channels, then of their products
 #pragma unroll
@@ -457,7 +547,7 @@ __global__ void __launch_bounds__(4 * KB, 128 / KB) conv_tiled(
       mine.v[q] += d;
       mine.v[4 + q] += d * (before.x ? value[p].v[q] - center.v[q] : d);
     }
-  auto* found = reinterpret_cast<Sums<float, 8>*>(&xs);
+  auto* found = reinterpret_cast<Sums<float, 8>*>(scratch);
   found[threadIdx.x] = mine;
   sum_rows(found, 16, KB / 4);
   const int high = g.y_height - at.top, across = g.y_width - at.left;
@@ -473,8 +563,8 @@ template <typename T, int S>
 __global__ void __launch_bounds__(64, 8) grad_weight_partial(
     Layer g, Source x, Source grad_y, int64_t share, float* __restrict__ partial) {
   constexpr int IN = (TILE - 1) * S + 3;
-  __shared__ Pixels<IN> xs;
-  __shared__ Pixels<TILE> gs;
+  __shared__ Pixels<float, IN> xs;
+  __shared__ Pixels<float, TILE> gs;
   const int c0 = blockIdx.y * CB, k0 = blockIdx.z * CB;
   const int c = threadIdx.x / 4, k = threadIdx.x % 4 * 4;
   const int64_t tiles = tile_count(g.batch, g.y_height, g.y_width), begin = blockIdx.x * share;
@@ -489,13 +579,13 @@ __global__ void __launch_bounds__(64, 8) grad_weight_partial(
     for (int i = 0; i < TILE; i++) {
       float window[3][3];  // [b][a]; column b of output column j is slot (S j + b) % 3
       for (int b = 0; b < 3 - S; b++)
-        for (int a = 0; a < 3; a++) window[b][a] = xs.v[i * S + a][b * PITCH + c];
+        for (int a = 0; a < 3; a++) window[b][a] = xs.v[i * S + a][b * PITCH<float> + c];
 #pragma unroll
       for (int j = 0; j < TILE; j++) {
         for (int b = 3 - S; b < 3; b++)
           for (int a = 0; a < 3; a++)
-            window[(S * j + b) % 3][a] = xs.v[i * S + a][(S * j + b) * PITCH + c];
-        const Four<float> gradient = *reinterpret_cast<const Four<float>*>(&gs.v[i][j * PITCH + k]);
+            window[(S * j + b) % 3][a] = xs.v[i * S + a][(S * j + b) * PITCH<float> + c];
+        const Four<float> gradient = load4(&gs.v[i][j * PITCH<float> + k], 4, true);
         for (int tap = 0; tap < 9; tap++)
           for (int q = 0; q < 4; q++)
             sum[tap].v[q] += window[(S * j + tap % 3) % 3][tap / 3] * gradient.v[q];

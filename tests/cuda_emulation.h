@@ -121,5 +121,28 @@ inline void __syncthreads() {
   swapcontext(&emulation::current->context, &emulation::scheduler);
   threadIdx = mine;
 }
+// As pool_conv.cu describes it, from the fragments of all lanes. Every thread of the block takes
+// part; two calls in turn use separate memory.
+inline float number(__half v) { return v; }
+inline float number(__nv_bfloat16 v) { return __bfloat162float(v); }
+template <typename T>
+inline void mma(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&d)[4]) {
+  static uint32_t all_a[2][1024][4], all_b[2][1024][2];
+  const int turn = emulation::current->barriers % 2, warp = threadIdx.x / 32 * 32;
+  std::memcpy(all_a[turn][threadIdx.x], a, sizeof(a));
+  std::memcpy(all_b[turn][threadIdx.x], b, sizeof(b));
+  __syncthreads();
+  auto half = [](uint32_t pair, int which) {
+    T two[2];
+    std::memcpy(two, &pair, 4);
+    return number(two[which]);
+  };
+  for (int q = 0; q < 4; q++) {
+    const int row = threadIdx.x % 32 / 4 + q / 2 * 8, column = threadIdx.x % 4 * 2 + q % 2;
+    for (int k = 0; k < 16; k++)
+      d[q] += half(all_a[turn][warp + row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2) *
+              half(all_b[turn][warp + column * 4 + k % 8 / 2][k / 8], k % 2);
+  }
+}
 #define LAUNCH(kernel, grid, block, stream, ...) \
   emulation::launch(grid, block, [&] { (kernel)(__VA_ARGS__); })
