@@ -56,10 +56,8 @@ namespace {
 
 constexpr int TILE = 8;              // outputs of a block, in both directions
 constexpr int CB = 16;               // input channels in shared memory at a time
-template <typename E>  // from a pixel there to the next
-constexpr int PITCH = CB + 16 / int(sizeof(E));
 constexpr int GROUP = 9 * CB * CB;   // weights whose gradient a block sums
-constexpr int BLOCKS = 8 * 132;      // of such blocks: an H100 several times filled
+constexpr int BLOCKS = 4 * 132;      // of such blocks: what an H100 holds
 constexpr int MOST_PARTS = PARTIAL_ROWS / 4;  // of a tensor's sums
 
 template <typename T>
@@ -77,8 +75,11 @@ template <typename T>
 using Factor = T;
 #endif
 
-// SIDE x SIDE pixels of CB channels in shared memory. With PITCH and the 16 bytes at a row's end
-// the threads of a warp, which read 16 (tensor cores: 4) bytes each, meet every bank once.
+// SIDE x SIDE pixels of CB channels in shared memory, PITCH elements from one to the next. With
+// this and the 16 bytes at a row's end the threads of a warp, which read 16 bytes each (for tensor
+// cores 4), meet every bank once.
+template <typename E>
+constexpr int PITCH = CB + 16 / int(sizeof(E));
 template <typename E, int SIDE>
 struct alignas(16) Pixels {
   E v[SIDE][SIDE * PITCH<E> + 16 / sizeof(E)];
@@ -89,8 +90,8 @@ template <typename E, int KB>
 struct alignas(16) Weights {
   static constexpr bool BY_C = sizeof(E) == 2;
   E v[9 * (BY_C ? KB * PITCH<E> : CB * (KB + 4))];
-  __device__ E* at(int c, int tap, int k) {
-    return v + (BY_C ? (tap * KB + k) * PITCH<E> + c : (c * 9 + tap) * (KB + 4) + k);
+  static __device__ int at(int c, int tap, int k) {
+    return BY_C ? (tap * KB + k) * PITCH<E> + c : (c * 9 + tap) * (KB + 4) + k;
   }
 };
 
@@ -102,6 +103,8 @@ template <typename T>
 __device__ inline T from_float(float v);
 template <>
 __device__ inline float from_float<float>(float v) { return v; }
+template <>
+__device__ inline uint8_t from_float<uint8_t>(float v) { return v; }
 template <>
 __device__ inline __half from_float<__half>(float v) { return __float2half(v); }
 template <>
@@ -132,17 +135,12 @@ __device__ inline void load4(const T* p, const int (&at)[COUNT], int left, bool 
 }
 
 template <typename T>
-__device__ inline void store4(T* p, const Four<T>& values, int left, bool wide) {
-  if (wide) *reinterpret_cast<Four<T>*>(p) = values;
+__device__ inline void store4(T* p, const Four<float>& values, int left, bool wide) {
+  Four<T> four;
+  for (int q = 0; q < 4; q++) four.v[q] = from_float<T>(values.v[q]);
+  if (wide) *reinterpret_cast<Four<T>*>(p) = four;
   for (int q = 0; !wide && q < 4; q++)
-    if (q < left) p[q] = values.v[q];
-}
-
-template <typename T>
-__device__ inline Four<T> rounded(const Four<float>& values) {
-  Four<T> to;
-  for (int q = 0; q < 4; q++) to.v[q] = from_float<T>(values.v[q]);
-  return to;
+    if (q < left) p[q] = four.v[q];
 }
 
 __device__ inline float relu(float v) { return v < 0 ? 0.0f : v; }  // a NaN passes
@@ -187,24 +185,32 @@ __device__ inline void fetch4(const Source& from, int64_t base, const int (&at)[
   }
 }
 
-// Sums of a thread, and of the threads of a block: found[row * width + column] over all rows, pair
-// by pair in a fixed order, into the first row. A thread's own row is threadIdx.x / width.
-template <typename F, int N>
-struct Sums {
-  F v[N];
-};
-template <typename F, int N>
-__device__ inline void sum_rows(Sums<F, N>* found, int rows, int width) {
+// `mine` summed over the threads of a block that are `rows` rows of `width`, column by column, pair
+// by pair in a fixed order: in the first row's threads. found: memory for N of each thread
+template <int N, typename F>
+__device__ inline void sum_rows(F (&mine)[N], F* found, int rows, int width) {
   const int row = threadIdx.x / width;
+  for (int n = 0; n < N; n++) found[n * blockDim.x + threadIdx.x] = mine[n];
   for (int half = (rows + 1) / 2; rows > 1; rows = half, half = (rows + 1) / 2) {
     __syncthreads();
-    for (int n = 0; n < N && row + half < rows; n++)
-      found[threadIdx.x].v[n] += found[threadIdx.x + half * width].v[n];
+    for (int n = 0; n < N && row + half < rows; n++) {
+      mine[n] += found[n * blockDim.x + threadIdx.x + half * width];
+      found[n * blockDim.x + threadIdx.x] = mine[n];
+    }
   }
 }
 
+// The sums of a block, of four channels from c on, as its Part of each
+__device__ inline void write_parts(float* partial, int c, int left, float pixels,
+                                   const Four<float>& pivot, const float (&sums)[8]) {
+  for (int q = 0; q < 4; q++)
+    if (q < left)
+      reinterpret_cast<Part*>(partial)[int64_t(c + q) * gridDim.x + blockIdx.x] = {
+          pixels, pivot.v[q], sums[q], sums[4 + q]};
+}
+
 // torch's rule: the first of equals, a NaN always
-__device__ inline void take(float value, int place, float& best, uint8_t& index) {
+__device__ inline void take(float value, int place, float& best, float& index) {
   if (value > best || value != value) {
     best = value;
     index = place;
@@ -219,7 +225,7 @@ __global__ void pool_plain(Layer g, const T* x, T* pooled, uint8_t* argmax) {
   const int64_t n = at / g.c_in / g.width / g.height;
   const T* corner = x + ((n * g.x_height + 2 * i) * g.x_width + 2 * j) * g.c_in + c;
   float best = to_float(corner[0]);
-  uint8_t index = 0;
+  float index = 0;
   for (int q = 1; q < 4; q++)
     take(to_float(corner[(int64_t(q / 2) * g.x_width + q % 2) * g.c_in]), q, best, index);
   pooled[at] = from_float<T>(best);
@@ -285,30 +291,31 @@ struct Place {
 template <typename T, int THREADS, typename E, int SIDE>
 __device__ inline void stage(const Source& from, int n, int top, int left, int height, int width,
                              int channels, int c0, Pixels<E, SIDE>& to) {
-  constexpr int STEP = THREADS / 4, ROUNDS = (SIDE * SIDE + STEP - 1) / STEP;
-  constexpr int COUNT = ROUNDS < 4 ? ROUNDS : 4;
-  const int lane = threadIdx.x % 4 * 4, c = c0 + lane;
+  constexpr int ROWS = THREADS / 4 / SIDE;  // at a time
+  constexpr int ROUNDS = (SIDE + ROWS - 1) / ROWS, COUNT = ROUNDS < 5 ? ROUNDS : 5;
+  const int lane = threadIdx.x % 4 * 4, c = c0 + lane, j = threadIdx.x / 4 % SIDE;
+  const bool within = unsigned(left + j) < unsigned(width) && c < channels;
   const int64_t image = int64_t(n) * height * width * channels;
+  if (threadIdx.x / 4 >= ROWS * SIDE) return;
+  constexpr int ACROSS = sizeof(to.v[0]) / sizeof(Four<E>);
+  Four<E>* column = reinterpret_cast<Four<E>*>(&to) + j * PITCH<E> / 4 + threadIdx.x % 4;
 #pragma unroll 1
-  for (int first = threadIdx.x / 4; first < SIDE * SIDE; first += COUNT * STEP) {
+  for (int first = threadIdx.x / 4 / SIDE; first < SIDE; first += COUNT * ROWS) {
     int at[COUNT];
     bool inside[COUNT];
     Four<float> value[COUNT];
 #pragma unroll
     for (int r = 0; r < COUNT; r++) {
-      const int pixel = first + r * STEP, row = top + pixel / SIDE, column = left + pixel % SIDE;
-      inside[r] = unsigned(row) < unsigned(height) && unsigned(column) < unsigned(width) &&
-                  c < channels;
-      at[r] = inside[r] ? (row * width + column) * channels + c : 0;
+      const int row = top + first + r * ROWS;
+      inside[r] = within && unsigned(row) < unsigned(height);
+      at[r] = inside[r] ? (row * width + left + j) * channels + c : 0;
     }
-    fetch4<T>(from, image, at, c < channels ? c : 0, channels, channels % 4 == 0,
-              value);
+    fetch4<T>(from, image, at, c < channels ? c : 0, channels, channels % 4 == 0, value);
 #pragma unroll
     for (int r = 0; r < COUNT; r++) {
-      const int pixel = first + r * STEP;
+      const int i = first + r * ROWS;
       for (int q = 0; q < 4; q++) value[r].v[q] = inside[r] ? value[r].v[q] : 0.0f;
-      if (pixel < SIDE * SIDE)
-        store4(&to.v[pixel / SIDE][pixel % SIDE * PITCH<E> + lane], rounded<E>(value[r]), 4, true);
+      if (i < SIDE) store4(column[i * ACROSS].v, value[r], 4, true);
     }
   }
 }
@@ -322,12 +329,10 @@ __device__ inline void stage_pooled(const Layer& g, const T* x, const Place& at,
   const bool wide = g.c_in % 4 == 0;
   for (int pixel = threadIdx.x / 4; pixel < SIDE * SIDE; pixel += THREADS / 4) {
     const int i = pixel / SIDE, j = pixel % SIDE, row = at.top + i - 1, column = at.left + j - 1;
-    Four<float> best = {};
+    Four<float> best = {}, index = {}, value[4];
     if (row >= 0 && row < g.height && column >= 0 && column < g.width && left > 0) {
       const T* corner =
           x + ((int64_t(at.n) * g.x_height + 2 * row) * g.x_width + 2 * column) * g.c_in + c;
-      Four<uint8_t> index = {};
-      Four<float> value[4];
       for (int q = 0; q < 4; q++)
         value[q] = load4(corner + (int64_t(q / 2) * g.x_width + q % 2) * g.c_in, left, wide);
       best = value[0];
@@ -335,11 +340,11 @@ __device__ inline void stage_pooled(const Layer& g, const T* x, const Place& at,
         for (int u = 0; u < 4; u++) take(value[q].v[u], q, best.v[u], index.v[u]);
       if (pooled && i >= 1 && i <= TILE && j >= 1 && j <= TILE) {
         const int64_t out = ((int64_t(at.n) * g.height + row) * g.width + column) * g.c_in + c;
-        store4(pooled + out, rounded<T>(best), left, wide);
+        store4(pooled + out, best, left, wide);
         store4(argmax + out, index, left, wide);
       }
     }
-    store4(&to.v[i][j * PITCH<E> + lane], rounded<E>(best), 4, true);
+    store4(&to.v[i][j * PITCH<E> + lane], best, 4, true);
   }
 }
 
@@ -354,19 +359,19 @@ __device__ inline void stage_weights(const Layer& g, const T* weight, int c0, in
   const int row = FLIP ? c0 + c : k0 + k, column = FLIP ? k0 + k : c0 + c;
   const int rows = FLIP ? g.c_in : g.c_out, columns = FLIP ? g.c_out : g.c_in;
   const bool inside = row < rows && column < columns;
+  E* first = &to.v[to.at(c, 0, k)];
   int at[9];
-  Four<float> value[9];
+  Four<float> value[9] = {};
 #pragma unroll
   for (int tap = 0; tap < 9; tap++) at[tap] = (FLIP ? 8 - tap : tap) * columns;
-  load4(weight + (inside ? int64_t(row) * 9 * columns + column : 0), at, columns - column,
-        columns % 4 == 0, value);
+  if (inside)
+    load4(weight + int64_t(row) * 9 * columns + column, at, columns - column, columns % 4 == 0,
+          value);
 #pragma unroll
   for (int tap = 0; tap < 9; tap++) {
-    for (int q = 0; q < 4; q++) value[tap].v[q] = inside ? value[tap].v[q] : 0.0f;
-    const Four<E> four = rounded<E>(value[tap]);
-    if (FLIP != to.BY_C) store4(to.at(c, tap, k), four, 4, true);
+    if (FLIP != to.BY_C) store4(&first[to.at(0, tap, 0)], value[tap], 4, true);
     for (int q = 0; FLIP == to.BY_C && q < 4; q++)
-      *to.at(FLIP ? c : c + q, tap, FLIP ? k + q : k) = four.v[q];
+      first[to.at(FLIP ? 0 : q, tap, FLIP ? q : 0)] = from_float<E>(value[tap].v[q]);
   }
 }
 
@@ -386,7 +391,7 @@ __device__ inline void multiply(const Pixels<float, IN>& xs, Weights<float, KB>&
         line[j] = load4(&xs.v[row + a][(column + j) * PITCH<float> + c], 4, true);
       for (int q = 0; q < 12; q++) {
         const int b = q / 4, u = q % 4;
-        const Four<float> w = load4(ws.at(c + u, 3 * a + b, k), 4, true);
+        const Four<float> w = load4(&ws.v[ws.at(c + u, 3 * a + b, k)], 4, true);
         for (int p = 0; p < 4; p++)
           for (int r = 0; r < 4; r++) sum[p].v[r] += line[p * S + b].v[u] * w.v[r];
       }
@@ -431,7 +436,7 @@ __device__ inline void multiply(const Pixels<T, IN>& xs, Weights<T, KB>& ws, int
                  [(g * S + tap % 3) * PITCH<T> + q / 2 * 8 + c]);
     for (int n = 0; n < 2; n++)
       for (int q = 0; q < 2; q++)
-        b[n][q] = *reinterpret_cast<const uint32_t*>(ws.at(q * 8 + c, tap, k + 8 * n));
+        b[n][q] = *reinterpret_cast<const uint32_t*>(&ws.v[ws.at(q * 8 + c, tap, k + 8 * n)]);
     for (int m = 0; m < 2; m++)
       for (int n = 0; n < 2; n++) mma<T>(a[m], b[n], sum[2 * m + n].v);
   }
@@ -511,21 +516,19 @@ __global__ void __launch_bounds__(4 * KB, 128 / KB) conv_tiled(
       for (int q = 0; q < 4; q++)
         sum[p].v[q] = norm(value[p].v[q], q) <= 0 ? 0.0f : sum[p].v[q];
   }
-  Four<T> stored[4];
-  for (int p = 0; p < 4; p++) stored[p] = rounded<T>(sum[p]);
-#pragma unroll  // or stored[] would not stay in registers
+#pragma unroll  // or sum[] would not stay in registers
   for (int p = 0; p < 4; p++) {
+    for (int q = 0; q < 4; q++) sum[p].v[q] = to_float(from_float<T>(sum[p].v[q]));  // as stored
     if (!inside[p]) continue;
     if (!unpool) {
-      store4(y + image + out[p], stored[p], left, wide_out);
+      store4(y + image + out[p], sum[p], left, wide_out);
       continue;
     }
     const Four<float> place = load4(unpool + image + out[p], left, wide_out);
 #pragma unroll
     for (int q = 0; q < 4; q++) {
-      Four<T> here;
-      for (int u = 0; u < 4; u++)
-        here.v[u] = place.v[u] == q ? stored[p].v[u] : from_float<T>(0.0f);
+      Four<float> here;
+      for (int u = 0; u < 4; u++) here.v[u] = place.v[u] == q ? sum[p].v[u] : 0.0f;
       const int64_t line = int64_t(at.n) * g.x_height + 2 * i + q / 2;
       store4(y + (line * g.x_width + 2 * (j + p) + q % 2) * g.c_out + c, here, left, wide_out);
     }
@@ -533,50 +536,51 @@ __global__ void __launch_bounds__(4 * KB, 128 / KB) conv_tiled(
   if (!partial) return;
 
   // Sums about the first pixel's y
-  if (pixel == 0)
-    for (int q = 0; q < 4; q++) scratch[k + q] = before.x ? 0.0f : to_float(stored[0].v[q]);
+  if (pixel == 0) store4(&scratch[k], before.x ? Four<float>{} : sum[0], 4, true);
   __syncthreads();
-  const Four<float> about = load4(&scratch[k], 4, true);
+  const Four<float> pivot = load4(&scratch[k], 4, true);
   __syncthreads();
-  Sums<float, 8> mine = {};  // of four channels, then of their products
+  float mine[8] = {};  // of four channels, then of their products
 #pragma unroll
   for (int p = 0; p < 4; p++)
-#pragma unroll
     for (int q = 0; q < 4; q++) {
-      const float d = inside[p] ? to_float(stored[p].v[q]) - about.v[q] : 0.0f;
-      mine.v[q] += d;
-      mine.v[4 + q] += d * (before.x ? value[p].v[q] - center.v[q] : d);
+      const float d = inside[p] ? sum[p].v[q] - pivot.v[q] : 0.0f;
+      mine[q] += d;
+      mine[4 + q] += d * (before.x ? value[p].v[q] - center.v[q] : d);
     }
-  auto* found = reinterpret_cast<Sums<float, 8>*>(scratch);
-  found[threadIdx.x] = mine;
-  sum_rows(found, 16, KB / 4);
+  sum_rows(mine, scratch, 16, KB / 4);
   const int high = g.y_height - at.top, across = g.y_width - at.left;
-  const float pixels = (high < TILE ? high : TILE) * (across < TILE ? across : TILE);
-  for (int q = 0; q < 4 && q < left && pixel == 0; q++)
-    reinterpret_cast<Part*>(partial)[int64_t(c + q) * gridDim.x + blockIdx.x] = {
-        pixels, about.v[q], found[threadIdx.x].v[q], found[threadIdx.x].v[4 + q]};
+  const int pixels = (high < TILE ? high : TILE) * (across < TILE ? across : TILE);
+  if (pixel == 0) write_parts(partial, c, left, pixels, pivot, mine);
 }
 
-// grid: (shares, c_in / 16, c_out / 16); block: 64 threads, each nine taps of one c and four k over
-// `share` tiles. partial: (shares, c_in / 16, c_out / 16, 9 taps, 16 c, 16 k)
+// grid: (shares, c_in / 16, c_out / 16); block: 128 threads, each nine taps of one c and four k in
+// half the rows of `share` tiles. partial: (shares, c_in / 16, c_out / 16, 9 taps, 16 c, 16 k)
 template <typename T, int S>
-__global__ void __launch_bounds__(64, 8) grad_weight_partial(
+__global__ void __launch_bounds__(128, 4) grad_weight_partial(
     Layer g, Source x, Source grad_y, int64_t share, float* __restrict__ partial) {
   constexpr int IN = (TILE - 1) * S + 3;
-  __shared__ Pixels<float, IN> xs;
-  __shared__ Pixels<float, TILE> gs;
+  __shared__ union {
+    struct {
+      Pixels<float, IN> xs;
+      Pixels<float, TILE> gs;
+    };
+    float found[36 * 128];
+  } shared;
+  auto& xs = shared.xs;
+  auto& gs = shared.gs;
   const int c0 = blockIdx.y * CB, k0 = blockIdx.z * CB;
-  const int c = threadIdx.x / 4, k = threadIdx.x % 4 * 4;
+  const int half = threadIdx.x / 64, c = threadIdx.x % 64 / 4, k = threadIdx.x % 4 * 4;
   const int64_t tiles = tile_count(g.batch, g.y_height, g.y_width), begin = blockIdx.x * share;
-  Four<float> sum[9] = {};  // [tap].v[k]
+  float sum[36] = {};  // [4 tap + k]
   for (int64_t tile = begin; tile < tiles && tile < begin + share; tile++) {
     const Place at(g, tile);
     const int top = at.top * S - 1, left = at.left * S - 1;
-    stage<T, 64>(x, at.n, top, left, g.height, g.width, g.c_in, c0, xs);
-    stage<T, 64>(grad_y, at.n, at.top, at.left, g.y_height, g.y_width, g.c_out, k0, gs);
+    stage<T, 128>(x, at.n, top, left, g.height, g.width, g.c_in, c0, xs);
+    stage<T, 128>(grad_y, at.n, at.top, at.left, g.y_height, g.y_width, g.c_out, k0, gs);
     __syncthreads();
 #pragma unroll 1
-    for (int i = 0; i < TILE; i++) {
+    for (int i = half * TILE / 2; i < (half + 1) * TILE / 2; i++) {
       float window[3][3];  // [b][a]; column b of output column j is slot (S j + b) % 3
       for (int b = 0; b < 3 - S; b++)
         for (int a = 0; a < 3; a++) window[b][a] = xs.v[i * S + a][b * PITCH<float> + c];
@@ -588,32 +592,33 @@ __global__ void __launch_bounds__(64, 8) grad_weight_partial(
         const Four<float> gradient = load4(&gs.v[i][j * PITCH<float> + k], 4, true);
         for (int tap = 0; tap < 9; tap++)
           for (int q = 0; q < 4; q++)
-            sum[tap].v[q] += window[(S * j + tap % 3) % 3][tap / 3] * gradient.v[q];
+            sum[4 * tap + q] += window[(S * j + tap % 3) % 3][tap / 3] * gradient.v[q];
       }
     }
     __syncthreads();
   }
+  sum_rows(sum, shared.found, 2, 64);
   const int64_t group = (int64_t(blockIdx.x) * gridDim.y + blockIdx.y) * gridDim.z + blockIdx.z;
-  for (int tap = 0; tap < 9; tap++)
-    *reinterpret_cast<Four<float>*>(&partial[group * GROUP + (tap * CB + c) * CB + k]) = sum[tap];
+  for (int tap = 0; tap < 9 && half == 0; tap++)
+    store4(&partial[group * GROUP + (tap * CB + c) * CB + k],
+           {sum[4 * tap], sum[4 * tap + 1], sum[4 * tap + 2], sum[4 * tap + 3]}, 4, true);
 }
 
-// grid: (GROUP / 32, c_in / 16, c_out / 16); block: 32 weights x 16 rows of shares
+// grid: (GROUP / 32, c_in / 16, c_out / 16); block: 32 weights x 8 rows of shares
 template <typename T>
 __global__ void grad_weight_sum(Layer g, int shares, const float* partial, T* grad_weight) {
-  __shared__ Sums<float, 1> found[512];
+  __shared__ float found[256];
   const int row = threadIdx.x / 32, at = blockIdx.x * 32 + threadIdx.x % 32;
   const int64_t group = int64_t(blockIdx.y) * gridDim.z + blockIdx.z;
   const int64_t groups = int64_t(gridDim.y) * gridDim.z;
-  float sum = 0;
-#pragma unroll 4
-  for (int share = row; share < shares; share += 16)
-    sum += partial[(share * groups + group) * GROUP + at];
-  found[threadIdx.x].v[0] = sum;
-  sum_rows(found, 16, 32);
+  float sum[1] = {};
+#pragma unroll 8
+  for (int share = row; share < shares; share += 8)
+    sum[0] += partial[(share * groups + group) * GROUP + at];
+  sum_rows(sum, found, 8, 32);
   const int k = blockIdx.z * CB + at % CB, c = blockIdx.y * CB + at / CB % CB, tap = at / CB / CB;
   if (row == 0 && k < g.c_out && c < g.c_in)
-    grad_weight[(int64_t(k) * g.c_in + c) * 9 + tap] = from_float<T>(found[threadIdx.x].v[0]);
+    grad_weight[(int64_t(k) * g.c_in + c) * 9 + tap] = from_float<T>(sum[0]);
 }
 
 // Shares pixels among blocks of 256 threads: a thread takes four channels, `quads` of them (of all,
@@ -649,7 +654,7 @@ __global__ void elementwise(int64_t pixels, int channels, Source from, const flo
     }
     for (int q = 0; q < 4; q++) value[0].v[q] = relu(value[0].v[q]);
   }
-  store4(to + at, rounded<T>(value[0]), left, wide);
+  store4(to + at, value[0], left, wide);
 }
 
 // grid: (parts, channels / 1024); a block: `share` pixels. A Part a channel and block, of y for its
@@ -657,7 +662,7 @@ __global__ void elementwise(int64_t pixels, int channels, Source from, const flo
 template <typename T>
 __global__ void column_sums(int64_t pixels, int64_t share, int channels, Source grad, const T* y,
                             const float* norm, float* partial) {
-  __shared__ Sums<float, 8> found[256];
+  __shared__ float found[8 * 256];
   const Quads by(channels);
   const int row = threadIdx.x / by.quads;
   const int c = (blockIdx.y * by.quads + threadIdx.x % by.quads) * 4, left = channels - c;
@@ -666,7 +671,7 @@ __global__ void column_sums(int64_t pixels, int64_t share, int channels, Source 
   Four<float> pivot = {}, center = {};
   if (left > 0 && grad.x) center = load4(norm + CENTER * channels + c, left, wide);
   if (left > 0 && !grad.x) pivot = load4(y + begin * channels + c, left, wide);
-  Sums<float, 8> mine = {};
+  float mine[8] = {};
 #pragma unroll 2
   for (int64_t p = begin + row; p < end && row < by.rows && left > 0; p += by.rows) {
     const Four<float> v = load4(y + p * channels + c, left, wide);
@@ -674,51 +679,46 @@ __global__ void column_sums(int64_t pixels, int64_t share, int channels, Source 
     if (grad.x) fetch4<T>(grad, p * channels + c, {0}, c, channels, wide, value);
     for (int q = 0; q < 4; q++) {
       const float d = value[0].v[q] - pivot.v[q];
-      mine.v[q] += d;
-      mine.v[4 + q] += d * (grad.x ? v.v[q] - center.v[q] : d);
+      mine[q] += d;
+      mine[4 + q] += d * (grad.x ? v.v[q] - center.v[q] : d);
     }
   }
-  found[threadIdx.x] = mine;
-  sum_rows(found, by.rows, by.quads);
-  for (int q = 0; q < 4 && q < left && row == 0; q++)
-    reinterpret_cast<Part*>(partial)[int64_t(c + q) * gridDim.x + blockIdx.x] = {
-        float(end - begin), pivot.v[q], found[threadIdx.x].v[q], found[threadIdx.x].v[4 + q]};
+  sum_rows(mine, found, by.rows, by.quads);
+  if (row == 0) write_parts(partial, c, left, end - begin, pivot, mine);
 }
 
-// Of channel blockIdx.x, in the first of 256 threads: pixels, sum and sum of products of all parts,
-// both about the first part's pivot
-__device__ inline Sums<double, 3> sum_parts(int64_t parts, const float* partial) {
-  __shared__ Sums<double, 3> found[256];
+// A block of 256 threads a channel: pixels, sum and sum of products of all parts about the first
+// part's pivot, in the first thread's `mine`; returns the pivot
+__device__ inline double sum_parts(int64_t parts, const float* partial, double (&mine)[3]) {
+  __shared__ double found[3 * 256];
   const Part* of_channel = reinterpret_cast<const Part*>(partial) + blockIdx.x * parts;
   const double pivot = of_channel[0].v[1];
-  Sums<double, 3> mine = {};
 #pragma unroll 4
   for (int64_t at = threadIdx.x; at < parts; at += 256) {
     const Part part = of_channel[at];
     const double pixels = part.v[0], apart = part.v[1] - pivot, sum = part.v[2];
-    mine.v[0] += pixels;
-    mine.v[1] += sum + pixels * apart;
-    mine.v[2] += part.v[3] + apart * (2 * sum + pixels * apart);
+    mine[0] += pixels;
+    mine[1] += sum + pixels * apart;
+    mine[2] += part.v[3] + apart * (2 * sum + pixels * apart);
   }
-  found[threadIdx.x] = mine;
-  sum_rows(found, 256, 1);
-  return found[threadIdx.x];
+  sum_rows(mine, found, 256, 1);
+  return pivot;
 }
 
 __global__ void norm_rows(int64_t parts, int channels, const float* partial, Affine affine,
                           float* norm) {
-  const Sums<double, 3> sums = sum_parts(parts, partial);
-  const double pixels = sums.v[0], apart = sums.v[1] / pixels;
-  const double mean = partial[blockIdx.x * parts * 4 + 1] + apart;
-  if (threadIdx.x == 0)
-    write_norm({pixels, mean, sums.v[2] - apart * sums.v[1]}, affine, blockIdx.x, channels, norm);
+  double sums[3] = {};
+  const double pivot = sum_parts(parts, partial, sums), apart = sums[1] / sums[0];
+  const Moment moment{sums[0], pivot + apart, sums[2] - apart * sums[1]};
+  if (threadIdx.x == 0) write_norm(moment, affine, blockIdx.x, channels, norm);
 }
 
 __global__ void back_rows(int64_t parts, int channels, const float* partial, const float* norm,
                           const float* gamma, float* back) {
-  const Sums<double, 3> sums = sum_parts(parts, partial);
+  double sums[3] = {};
+  sum_parts(parts, partial, sums);
   if (threadIdx.x == 0)
-    write_back(sums.v[1], sums.v[2], sums.v[0], norm, gamma, blockIdx.x, channels, back);
+    write_back(sums[1], sums[2], sums[0], norm, gamma, blockIdx.x, channels, back);
 }
 
 const char* failure() {  // of the launches so far, or null
@@ -775,7 +775,7 @@ void forward(const Layer& g, bool plain, const Source& x, const void* weight, vo
     return;
   }
   const auto run = pool ? (wide ? tiled<T, 32, 1, true, false> : tiled<T, 16, 1, true, false>)
-      : g.stride == 2 ? (wide ? tiled<T, 32, 2, false, false> : tiled<T, 16, 2, false, false>)
+      : g.stride == 2 ? tiled<T, 32, 2, false, false>
                       : (wide ? tiled<T, 32, 1, false, false> : tiled<T, 16, 1, false, false>);
   run(g, x, weight, y, pooled, argmax, nullptr, {}, {}, norm_y ? partial : nullptr, stream);
   if (norm_y)
@@ -810,8 +810,8 @@ void grad_weight(const Layer& g, const Source& x, const Source& grad_y, float* p
   const unsigned count = shares(g);
   if (count)
     LAUNCH((g.stride == 2 ? grad_weight_partial<T, 2> : grad_weight_partial<T, 1>),
-           dim3(count, across, down), dim3(64), stream, g, x, grad_y, tiles_a_share(g), partial);
-  LAUNCH(grad_weight_sum<T>, dim3(GROUP / 32, across, down), dim3(512), stream, g, int(count),
+           dim3(count, across, down), dim3(128), stream, g, x, grad_y, tiles_a_share(g), partial);
+  LAUNCH(grad_weight_sum<T>, dim3(GROUP / 32, across, down), dim3(256), stream, g, int(count),
          static_cast<const float*>(partial), static_cast<T*>(result));
 }
 
