@@ -4,6 +4,7 @@
 //   y[n,i,j,k]      = sum over a,b in 0..2, c of pooled[n, S i + a - 1, S j + b - 1, c] w[k,c,a,b]
 //
 // with S = 2 for "stride" and 1 otherwise. float32, float16 and bfloat16, all summed in float32.
+// Weights are in memory as (c_out,3,3,c_in), their gradient as (c_out,c_in,3,3).
 //
 // What a layer costs, batch 128, forward (each gradient costs about the same again):
 //   ResNet-20 layer   GFLOP   float32 MB   H100 floor us, float32   bf16 MB  floor us, tensor cores
@@ -15,8 +16,12 @@
 // GFLOP = 2*9*N*H*W*C*K; bytes: x and y once, weights once; floors from 67 TFLOP/s float32, 990
 // TFLOP/s bf16 and 3.35 TB/s. A max-pool of its own would read 4 and write 1 pooled input and read
 // it again; here it reads 4 and writes 1 (which the shortcut needs anyway).
-// These floors are arithmetic. No kernel of this file has been timed on a GPU.
 //
+// What the kernels need, counted from the PTX by a model of an H100 (4 instructions a cycle and
+// multiprocessor, 32 banks, 3.35 TB/s); no GPU has run this file. Microseconds of the dearest of
+// instructions, arithmetic, shared memory and memory, float32, batch 128, in a block's training
+// step, first as of the version before this design:
+//   @BEFORE
 // With normalisation, ReLU and add fused, a block moves 21 tensors of its size in a training step,
 // 7 forward and 14 backward; operator by operator it is 44 (block.py counts them). Nine blocks,
 // counted as identity blocks, three of 16 channels at 32x32, of 32 at 16x16 and of 64 at 8x8, batch
@@ -26,19 +31,22 @@
 // Kernels, from simple to fast:
 //   pool_plain, conv_plain   a thread an output element; the reference on the device
 //   grad_input_plain         a thread an input element, gathering; used for stride 2
+//   elementwise, column_sums a block's end and its way back; a thread four channels of a pixel, or
+//                            of a share of the pixels
+//   norm_rows, back_rows     a block a channel: adds up the sums, in double, in a fixed order
+//   grad_weight_partial      a block: all taps of 16 x 16 channels over a fixed share of the tiles,
+//                            of which there are as many as fill the GPU; a thread: one c, four k,
+//                            nine taps, a 3x3 window sliding along the row
+//   grad_weight_sum          adds the shares in a fixed order: no atomics, bit-reproducible
 //   conv_tiled               a block: 8x8 outputs x KB channels; input tile (pooled, normalised,
 //                            or a gradient taken back through a normalisation, while it is loaded)
-//                            and weights in shared memory; a thread: 4 pixels x 4 channels
-//                            in registers, each input value used for three taps, each weight for
-//                            four pixels. The input's gradient is the same with rotated, transposed
-//                            weights. The epilogue adds the shortcut's gradient, unpools or passes
-//                            a ReLU back, and sums what the next normalisation needs.
-//   grad_weight_partial      a block: all taps of 16 x 16 channels over a fixed share of the tiles;
-//                            a thread: one c, four k, nine taps, a 3x3 window sliding along the row
-//   grad_weight_sum          adds the shares in a fixed order: no atomics, bit-reproducible
-//   elementwise, column_sums a block's end and its way back; a thread an element, or a share of the
-//                            pixels of a channel
-//   norm_rows, back_rows     a block a channel: joins the sums, in double, in a fixed order
+//                            and weights in shared memory, 16 input channels at a time. float32: a
+//                            thread has 4 pixels x 4 channels in registers, uses each input value
+//                            for three taps, each weight for four pixels. float16, bfloat16: a warp
+//                            has 32 pixels x 16 channels, on tensor cores. The input's gradient is
+//                            the same with rotated, transposed weights. The epilogue adds the
+//                            shortcut's gradient, unpools or passes a ReLU back, and sums what the
+//                            next normalisation needs.
 #include "pool_conv.h"
 
 #include <algorithm>
@@ -406,11 +414,11 @@ __device__ inline void multiply(const Pixels<float, IN>& xs, Weights<float, KB>&
 //   d: row g, columns 2t and 2t+1; row g+8, these
 template <typename T>
 __device__ inline void mma(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&d)[4]) {
-#define MMA(type)                                                                       \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                             \
-      ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                       \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                   \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+#define MMA(type)                                                                     \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32"          \
+               " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"               \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
   if constexpr (std::is_same_v<T, __half>)
     MMA("f16");
   else
@@ -564,11 +572,11 @@ __global__ void __launch_bounds__(128, 4) grad_weight_partial(
     struct {
       Pixels<float, IN> xs;
       Pixels<float, TILE> gs;
-    };
+    } staged;
     float found[36 * 128];
   } shared;
-  auto& xs = shared.xs;
-  auto& gs = shared.gs;
+  auto& xs = shared.staged.xs;
+  auto& gs = shared.staged.gs;
   const int c0 = blockIdx.y * CB, k0 = blockIdx.z * CB;
   const int half = threadIdx.x / 64, c = threadIdx.x % 64 / 4, k = threadIdx.x % 4 * 4;
   const int64_t tiles = tile_count(g.batch, g.y_height, g.y_width), begin = blockIdx.x * share;
@@ -729,19 +737,19 @@ const char* failure() {  // of the launches so far, or null
 // Null, or why the kernels cannot take this layer: they count within an image in 32 bits
 const char* refused(const Layer& g) {
   const int64_t pixels = int64_t(g.height + TILE) * (g.width + TILE);
-  return pixels * std::max(g.c_in, g.c_out) < int64_t(1) << 31 ? nullptr
-                                                               : "an image is too large";
+  const bool fits = pixels * std::max(g.c_in, g.c_out) < int64_t(1) << 31;
+  return fits ? nullptr : "an image is too large";
 }
 
 unsigned blocks(int64_t threads) { return (threads + 255) / 256; }
 
-// Tiles a block of grad_weight_partial sums, so that BLOCKS of them are there, but no fewer than
-// one for each group of weights: what they leave in memory is some MB, or as large as the weights
 int64_t groups(const Layer& g) {
   return int64_t((g.c_in + CB - 1) / CB) * ((g.c_out + CB - 1) / CB);
 }
+// So many that grad_weight_partial has BLOCKS blocks, or one for each group of weights if these are
+// more: what it leaves in memory is 5 MB, or as large as the weights.
 int64_t tiles_a_share(const Layer& g) {
-  const int64_t shares = std::max<int64_t>(1, BLOCKS / groups(g));
+  const int64_t shares = std::max<int64_t>(1, BLOCKS / std::max<int64_t>(1, groups(g)));
   return (tile_count(g.batch, g.y_height, g.y_width) + shares - 1) / shares;
 }
 int64_t shares(const Layer& g) {

@@ -343,7 +343,7 @@ def test_cuda_kernels_against_float64(ops, monkeypatch, downsample, plain, dtype
     if plain:
         monkeypatch.setenv("PLAIN", "1")
     shapes = [(2, 16, 16, 16, 16), (1, 3, 17, 9, 21), (3, 20, 40, 7, 6), (1, 33, 5, 11, 2),
-              (2, 1, 1, 2, 3), (75, 2, 3, 17, 4)]  # the last: more tiles than shares of a gradient
+              (2, 1, 1, 2, 3), (540, 2, 3, 3, 2)]  # the last: more tiles than shares of a gradient
     for i, (n, c, k, height, width) in enumerate(shapes):
         monkeypatch.setenv("EMULATION_ORDER", str(i % 3))
         torch.manual_seed(i)
@@ -395,4 +395,4 @@ def test_scratch_memory_of_a_weight_gradient_stays_small():
     build_emulation()
     megabytes = [torch.ops.emulated.scratch(channels, 8192, 8) * 4 / 2 ** 20
                  for channels in (3, 16, 64, 512, 1024)]
-    assert max(megabytes[:3]) < 10 and megabytes[3] < 18 and megabytes[4] == 36  # the weight's size
+    assert max(megabytes[:3]) < 10 and megabytes[3:] == [9, 36]  # or as large as the weight
