@@ -18,10 +18,22 @@
 // it again; here it reads 4 and writes 1 (which the shortcut needs anyway).
 //
 // What the kernels need, counted from the PTX by a model of an H100 (4 instructions a cycle and
-// multiprocessor, 32 banks, 3.35 TB/s); no GPU has run this file. Microseconds of the dearest of
-// instructions, arithmetic, shared memory and memory, float32, batch 128, in a block's training
-// step, first as of the version before this design:
-//   @BEFORE
+// multiprocessor, 32 banks, 67 TFLOP/s, 3.35 TB/s). No GPU has run this file. Microseconds of the
+// dearest of instructions, arithmetic, shared memory and memory; batch 128; before -> now, where
+// "before" had scalar loads and stores, and 64 shares of the weight's gradient:
+//   float32, in a training step of a block    16->16 @ 32x32   32->32 @ 16x16   64->64 @ 8x8
+//     conv_tiled, first convolution             28.9 -> 15.5     25.8 -> 13.9   24.9 -> 13.4
+//     conv_tiled, gradient of the second        33.9 -> 17.3     28.8 -> 14.4   27.3 -> 13.7
+//     grad_weight_partial, of the second        81.0 -> 16.3     20.0 -> 16.3   19.6 -> 16.3
+//     norm_rows, back_rows (a division counts    0.3 -> 0.3       0.2 -> 0.2     0.1 -> 0.1
+//       as one instruction; now 256 threads, none of them in the loop)
+//     column_sums, elementwise (memory)         15.0 -> 15.0      7.6 -> 7.6     3.8 -> 3.8
+//     the block, both ways                       293 -> 115       156 -> 99      152 -> 93
+//   bfloat16, alone
+//     conv_tiled, forward (tensor cores)        28.3 ->  4.4                     24.9 ->  2.7
+//     grad_weight_partial                       65.9 -> 15.2                     16.6 -> 15.2
+// The five layers' blocks together (the two left out: 143 -> 90, 123 -> 79): 867 -> 477.
+//
 // With normalisation, ReLU and add fused, a block moves 21 tensors of its size in a training step,
 // 7 forward and 14 backward; operator by operator it is 44 (block.py counts them). Nine blocks,
 // counted as identity blocks, three of 16 channels at 32x32, of 32 at 16x16 and of 64 at 8x8, batch

@@ -136,8 +136,9 @@ struct Source {
 };
 
 // Each launches on `stream` (a cudaStream_t) and returns CUDA's message if that failed, else null.
-// Weights are NHWC, too: (c_out,3,3,c_in). Where channels are a multiple of four, addresses must be
-// one of 16 bytes. partial: scratch, as many floats as the function named after the launch says.
+// Weights are NHWC, too: (c_out,3,3,c_in). A tensor whose channels are a multiple of four begins at
+// a multiple of 16 bytes. partial: scratch, as many floats as the function named after the launch
+// says. What a kernel would ignore is refused with a message.
 
 // argmax: null unless the layer max-pools. plain: the reference kernels, for an x without norm.
 // norm_y: null, or y's rows to fill
@@ -147,7 +148,8 @@ const char* launch_forward(Type type, const Layer& g, bool plain, const Source& 
 int64_t forward_partial_floats(const Layer& g);  // with norm_y; else none
 // grad_x has the layer input's size; extra: null, or what of the gradient of `pooled` (of x,
 // without argmax) comes from elsewhere. With an odd x_height or x_width and argmax, grad_x must be
-// zeroed before. back_x: null, or rows to fill, for grad_x the gradient of the normalised x.
+// zeroed before. back_x: null, or rows to fill, for grad_x the gradient of the normalised x. With a
+// stride grad_y is a plain tensor, and there are no argmax, extra and back_x.
 const char* launch_grad_input(Type type, const Layer& g, const Source& grad_y, const void* weight,
                               const uint8_t* argmax, const Source& extra, void* grad_x,
                               const Source& x, const float* gamma, float* partial, float* back_x,
