@@ -577,7 +577,7 @@ __global__ void __launch_bounds__(4 * KB, 128 / KB) conv_tiled(
 // grid: (shares, c_in / 16, c_out / 16); block: 128 threads, each nine taps of one c and four k in
 // half the rows of `share` tiles. partial: (shares, c_in / 16, c_out / 16, 9 taps, 16 c, 16 k)
 template <typename T, int S>
-__global__ void __launch_bounds__(128, 4) grad_weight_partial(
+__global__ void __launch_bounds__(128, S == 1 ? 4 : 3) grad_weight_partial(
     Layer g, Source x, Source grad_y, int64_t share, float* __restrict__ partial) {
   constexpr int IN = (TILE - 1) * S + 3;
   __shared__ union {
