@@ -58,18 +58,20 @@ template <typename T = float>
 const T* data(const MaybeTensor& x) { return x ? x->const_data_ptr<T>() : nullptr; }
 
 // The arguments of an operator on the image x. Every tensor, x too, goes through `take`: it is on
-// the device of x, has the right type and shape, and lies as the kernels read it, images NHWC, all
-// else contiguous, from a multiple of 16 bytes on. What autograd saved may come back in another
-// memory format, and a view may begin anywhere; but where channels are a multiple of four, the CUDA
-// kernels read four at once.
+// the device of x, has the right type and shape, and lies as the kernels read it, images NHWC,
+// weights as `of_weight` says, all else contiguous, from a multiple of 16 bytes on. What autograd
+// saved may come back in another memory format, and a view may begin anywhere; but where channels
+// are a multiple of four, the CUDA kernels read four at once.
+constexpr auto NHWC = at::MemoryFormat::ChannelsLast, OIHW = at::MemoryFormat::Contiguous;
 struct Arguments {
   const Tensor& x;
+  at::MemoryFormat of_weight = OIHW;
 
   MaybeTensor image(const char* name, const MaybeTensor& t, at::IntArrayRef sizes) const {
     return take(name, t, sizes, x.scalar_type(), at::MemoryFormat::ChannelsLast);
   }
   MaybeTensor weight(const Tensor& t) const {
-    return take("weight", t, {t.size(0), x.size(1), 3, 3}, x.scalar_type());
+    return take("weight", t, {t.size(0), x.size(1), 3, 3}, x.scalar_type(), of_weight);
   }
   MaybeTensor floats(const char* name, const MaybeTensor& t, at::IntArrayRef sizes) const {
     return take(name, t, sizes, at::kFloat);
@@ -255,13 +257,12 @@ Normalised norm_conv_cuda(const Tensor& x, const MaybeTensor& norm, const Tensor
   Tensor y = empty_nhwc({g.batch, g.c_out, g.y_height, g.y_width}, x);
   Tensor norm_y = rows(normalise ? NORM_ROWS : 0, g.c_out, x);
   Tensor partial = rows(1, normalise ? forward_partial_floats(g) : 0, x);
-  if (y.numel())
-    check(launch_forward(type_of(x), g, false, {x.const_data_ptr(), data(norm)},
-                         weight.const_data_ptr(), y.mutable_data_ptr(), pooled.mutable_data_ptr(),
-                         mode == MAXPOOL ? argmax.mutable_data_ptr<uint8_t>() : nullptr,
-                         {data(gamma), data(beta), eps}, partial.mutable_data_ptr<float>(),
-                         normalise ? norm_y.mutable_data_ptr<float>() : nullptr,
-                         c10::cuda::getCurrentCUDAStream()));
+  check(launch_forward(type_of(x), g, false, {x.const_data_ptr(), data(norm)},
+                       weight.const_data_ptr(), y.mutable_data_ptr(), pooled.mutable_data_ptr(),
+                       mode == MAXPOOL ? argmax.mutable_data_ptr<uint8_t>() : nullptr,
+                       {data(gamma), data(beta), eps}, partial.mutable_data_ptr<float>(),
+                       normalise ? norm_y.mutable_data_ptr<float>() : nullptr,
+                       c10::cuda::getCurrentCUDAStream()));
   return {y, norm_y, pooled, argmax};
 }
 
@@ -283,20 +284,18 @@ Outputs norm_conv_backward_cuda(const Tensor& grad, const MaybeTensor& out, cons
     grad_x = empty_nhwc({g.batch, g.c_in, g.x_height, g.x_width}, x);
     if (pool && (height % 2 || width % 2)) grad_x.zero_();
     Tensor partial = rows(1, norm ? grad_input_partial_floats(g) : 0, x);
-    if (x.numel())
-      check(launch_grad_input(type_of(x), g, of_grad, weight.const_data_ptr(),
-                              pool ? data<uint8_t>(argmax) : nullptr,
-                              {data_of(extra), nullptr, data_of(extra_out)},
-                              grad_x.mutable_data_ptr(), of_x, data(gamma),
-                              partial.mutable_data_ptr<float>(),
-                              norm ? back_x.mutable_data_ptr<float>() : nullptr, stream));
+    check(launch_grad_input(type_of(x), g, of_grad, weight.const_data_ptr(),
+                            pool ? data<uint8_t>(argmax) : nullptr,
+                            {data_of(extra), nullptr, data_of(extra_out)},
+                            grad_x.mutable_data_ptr(), of_x, data(gamma),
+                            partial.mutable_data_ptr<float>(),
+                            norm ? back_x.mutable_data_ptr<float>() : nullptr, stream));
   }
   if (want_weight) {
-    grad_weight = at::zeros(weight.sizes(), weight.options());
+    grad_weight = at::empty(weight.sizes(), weight.options());
     Tensor partial = rows(1, grad_weight_partial_floats(g), x);
-    if (x.numel())
-      check(launch_grad_weight(type_of(x), g, of_x, of_grad, partial.mutable_data_ptr<float>(),
-                               grad_weight.mutable_data_ptr(), stream));
+    check(launch_grad_weight(type_of(x), g, of_x, of_grad, partial.mutable_data_ptr<float>(),
+                             grad_weight.mutable_data_ptr(), stream));
   }
   return {grad_x, grad_weight, back_x};
 }
@@ -329,10 +328,9 @@ Tensor finish_cuda(const Tensor& y, const Tensor& norm, const MaybeTensor& r,
                    const MaybeTensor& norm_r) {
   const c10::cuda::CUDAGuard guard(y.device());
   Tensor out = empty_nhwc(y.sizes(), y);
-  if (y.numel())
-    check(launch_finish(type_of(y), pixels(y), y.size(1), y.const_data_ptr(),
-                        norm.const_data_ptr<float>(), data_of(r), data(norm_r),
-                        out.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  check(launch_finish(type_of(y), pixels(y), y.size(1), y.const_data_ptr(),
+                      norm.const_data_ptr<float>(), data_of(r), data(norm_r),
+                      out.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
   return out;
 }
 
@@ -357,12 +355,11 @@ Tensor apply_backward_cuda(const Tensor& grad, const MaybeTensor& out, const Ten
                            const Tensor& back) {
   const c10::cuda::CUDAGuard guard(y.device());
   Tensor grad_y = empty_nhwc(y.sizes(), y);
-  if (y.numel())
-    check(launch_apply_backward(
-        type_of(y), pixels(y), y.size(1),
-        {grad.const_data_ptr(), nullptr, data_of(out), y.const_data_ptr(),
-         back.const_data_ptr<float>()},
-        grad_y.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  check(launch_apply_backward(
+      type_of(y), pixels(y), y.size(1),
+      {grad.const_data_ptr(), nullptr, data_of(out), y.const_data_ptr(),
+       back.const_data_ptr<float>()},
+      grad_y.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
   return grad_y;
 }
 #endif
@@ -374,36 +371,36 @@ at::DimVector output_sizes(const Tensor& x, const Tensor& weight, int64_t mode) 
   return {x.size(0), weight.size(0), (x.size(2) - 1) / stride + 1, (x.size(3) - 1) / stride + 1};
 }
 
-template <auto run>
+template <auto run, at::MemoryFormat of_weight>
 Outputs forward(const Tensor& x, const Tensor& weight, int64_t mode) {
-  const Arguments given{x};
+  const Arguments given{x, of_weight};
   return run(*given.image("x", x, x.sizes()), *given.weight(weight), mode);
 }
 
-template <auto run>
+template <auto run, at::MemoryFormat of_weight>
 Gradients backward(const Tensor& grad_y, const MaybeTensor& grad_pooled, const Tensor& x,
                    const Tensor& weight, const Tensor& argmax, int64_t mode, int64_t height,
                    int64_t width, bool want_x, bool want_weight) {
-  const Arguments given{x};
+  const Arguments given{x, of_weight};
   return run(*given.image("grad_y", grad_y, output_sizes(x, weight, mode)),
              given.image("grad_pooled", grad_pooled, x.sizes()), *given.image("x", x, x.sizes()),
              *given.weight(weight), given.index(argmax, mode, height, width), mode, height, width,
              want_x, want_weight);
 }
 
-template <auto run>
+template <auto run, at::MemoryFormat of_weight>
 Normalised norm_conv(const Tensor& x, const MaybeTensor& norm, const Tensor& weight,
                      const MaybeTensor& gamma, const MaybeTensor& beta, double eps, int64_t mode,
                      bool normalise) {
   TORCH_CHECK_VALUE(mode != MAXPOOL || !norm, "norm_conv: a max-pool or a norm, not both");
-  const Arguments given{x};
+  const Arguments given{x, of_weight};
   const int64_t c_in = x.size(1), c_out = weight.size(0);
   return run(*given.image("x", x, x.sizes()), given.floats("norm", norm, {NORM_ROWS, c_in}),
              *given.weight(weight), given.floats("gamma", gamma, {c_out}),
              given.floats("beta", beta, {c_out}), eps, mode, normalise);
 }
 
-template <auto run>
+template <auto run, at::MemoryFormat of_weight>
 Outputs norm_conv_backward(const Tensor& grad, const MaybeTensor& out, const MaybeTensor& y,
                            const MaybeTensor& back, const Tensor& x, const MaybeTensor& norm,
                            const MaybeTensor& gamma, const Tensor& weight,
@@ -414,7 +411,7 @@ Outputs norm_conv_backward(const Tensor& grad, const MaybeTensor& out, const May
                     "norm_conv_backward: a max-pool or a norm, not both, and no stride");
   TORCH_CHECK_VALUE(y.has_value() == back.has_value() && (extra || !extra_out),
                     "norm_conv_backward: y and back go together, extra_out needs extra");
-  const Arguments given{x};
+  const Arguments given{x, of_weight};
   const int64_t c_in = x.size(1), c_out = weight.size(0);
   const at::DimVector y_sizes = output_sizes(x, weight, mode);
   return run(*given.image("grad", grad, y_sizes), given.image("out", out, y_sizes),
@@ -484,10 +481,10 @@ TORCH_LIBRARY(pool_conv, m) {
   m.def("apply_backward(Tensor grad, Tensor? out, Tensor y, Tensor back) -> Tensor grad_y");
 }
 TORCH_LIBRARY_IMPL(pool_conv, CPU, m) {
-  m.impl("forward", forward<forward_cpu>);
-  m.impl("backward", backward<backward_cpu>);
-  m.impl("norm_conv", norm_conv<norm_conv_cpu>);
-  m.impl("norm_conv_backward", norm_conv_backward<norm_conv_backward_cpu>);
+  m.impl("forward", forward<forward_cpu, OIHW>);
+  m.impl("backward", backward<backward_cpu, OIHW>);
+  m.impl("norm_conv", norm_conv<norm_conv_cpu, OIHW>);
+  m.impl("norm_conv_backward", norm_conv_backward<norm_conv_backward_cpu, OIHW>);
   m.impl("moments", moments<moments_cpu>);
   m.impl("finish", finish<finish_cpu>);
   m.impl("finish_backward", finish_backward<finish_backward_cpu>);
@@ -495,10 +492,10 @@ TORCH_LIBRARY_IMPL(pool_conv, CPU, m) {
 }
 #ifdef WITH_CUDA
 TORCH_LIBRARY_IMPL(pool_conv, CUDA, m) {
-  m.impl("forward", forward<forward_cuda>);
-  m.impl("backward", backward<backward_cuda>);
-  m.impl("norm_conv", norm_conv<norm_conv_cuda>);
-  m.impl("norm_conv_backward", norm_conv_backward<norm_conv_backward_cuda>);
+  m.impl("forward", forward<forward_cuda, NHWC>);
+  m.impl("backward", backward<backward_cuda, NHWC>);
+  m.impl("norm_conv", norm_conv<norm_conv_cuda, NHWC>);
+  m.impl("norm_conv_backward", norm_conv_backward<norm_conv_backward_cuda, NHWC>);
   m.impl("moments", moments<moments_cuda>);
   m.impl("finish", finish<finish_cuda>);
   m.impl("finish_backward", finish_backward<finish_backward_cuda>);

@@ -186,11 +186,14 @@ def test_a_stopped_run_goes_on_where_it_was_moved_with_its_kernels_if_they_can_b
                          "runs/mixture-my pets", *argv)
     assert code == 0 and "epochs 2 to 3 of" in out
     assert err == "warning: no fused kernels: no compiler; goes on with native ops, to other bits\n"
-    command = re.search("next: python (.*)", out)[1]
-    assert run(tmp_path / "two", "retrain", *shlex.split(command)[1:], "--epochs", "1", "--seeds",
-               "1", *NATIVE, "--batch-size", "8")[0] == 0
-    outcome = run(tmp_path, "retrain", "--from", "two/runs/mixture-my pets")
-    check_error(outcome, 2, "is not at pets any more: say where it is with --dataset")
+    folder = tmp_path / "two"
+    _, *argv = shlex.split(re.search("next: python (.*)", out)[1])
+    few = ("--epochs", "1", "--seeds", "1", *NATIVE, "--batch-size", "8")
+    assert run(folder, "retrain", *argv, *few)[0] == 0
+    argv = ["--from", str(folder / "runs/mixture-my pets"), *few, "--out", "elsewhere"]
+    assert run(tmp_path, "retrain", *argv)[0] == 0  # the data are found from anywhere
+    (folder / "pets").rename(folder / "gone")
+    check_error(run(tmp_path, "retrain", *argv), 2, f"not at {folder}/pets any more: say where")
 
 
 def test_a_cell_is_interrupted_and_run_again_and_one_runs_in_a_thread(tmp_path, monkeypatch):
