@@ -62,8 +62,8 @@ def average_ranks(rankings: list[dict[str, float]]) -> dict[str, float]:
     return {config: float(means[config]) for config in sorted(means, key=means.get)}
 
 
-def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[dict[str, float]]]:
-    """The arguments, and the rankings of --from."""
+def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[dict[str, float]]]:
+    """The arguments; the settings of the searches of --from, and their rankings."""
     parser = common.make_parser(__doc__, search=False)
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--from", dest="source", nargs="+", metavar="RUN",
@@ -78,6 +78,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[dict[str
     early = common.Parser(add_help=False)
     early.add_argument("--from", dest="source", nargs="+", default=[])
     source = early.parse_known_args(argv)[0].source
+    settings = {}
     rankings = []
     if source:
         settings, rankings = read_searches(source)
@@ -87,7 +88,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[dict[str
     if source and not (args.dataset in common.DATASET_PROTOCOLS or Path(args.dataset).exists()):
         raise UserError(f"the data set of {source[0]} is not at {args.dataset} any more: say "
                         "where it is with --dataset")
-    return args, rankings
+    return args, settings, rankings
 
 
 def paired_comparison(accuracies: list[float],
@@ -167,7 +168,7 @@ def plot(path: Path, accuracies: dict[str, list[float]], entries: dict[str, dict
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, rankings = arguments(argv)
+    args, searched, rankings = arguments(argv)
     common.join_ranks()
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
@@ -182,6 +183,8 @@ def main(argv: list[str] | None = None) -> None:
     configs = list(dict.fromkeys([*chosen, space.default]))
     seeds = range(args.seed, args.seed + args.seeds)
     run = Run("retrain", args, data, space)
+    if searched and searched["data"] != run.record["settings"]["data"]:
+        print("note: these are other images than the search's")
     agreement = common.mean_tau(rankings)
     if agreement is not None:
         print(f"{len(rankings)} searches agree with Kendall tau {agreement:.3f}, mean over pairs; "

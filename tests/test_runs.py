@@ -191,7 +191,10 @@ def test_a_stopped_run_goes_on_where_it_was_moved_with_its_kernels_if_they_can_b
     few = ("--epochs", "1", "--seeds", "1", *NATIVE, "--batch-size", "8")
     assert run(folder, "retrain", *argv, *few)[0] == 0
     argv = ["--from", str(folder / "runs/mixture-my pets"), *few, "--out", "elsewhere"]
-    assert run(tmp_path, "retrain", *argv)[0] == 0  # the data are found from anywhere
+    code, out, _ = run(tmp_path, "retrain", *argv)  # the data are found from anywhere
+    assert code == 0 and "note: these are other images" not in out
+    code, out, _ = run(tmp_path, "retrain", *argv, "--image-size", "10", "--out", "other")
+    assert code == 0 and "note: these are other images" in out
     (folder / "pets").rename(folder / "gone")
     check_error(run(tmp_path, "retrain", *argv), 2, f"not at {folder}/pets any more: say where")
 
