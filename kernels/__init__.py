@@ -124,37 +124,37 @@ def _build_and_load() -> None:
     sources = [folder / "binding.cpp", folder / "pool_conv_cpu.cpp"]
     if gpus:
         sources.append(folder / "pool_conv.cu")
-    library = _library([*sources, folder / "pool_conv.h"], gpus)
-    if _loads(library):  # before any lock: the folder may be one that can only be read
+    folder, name = _place([*sources, folder / "pool_conv.h"], gpus)
+    if _loads_finished(folder, name):  # before any lock: the folder may be a read-only one
         return
-    with _locked(library.with_suffix(".lock")):
-        if not _loads(library):  # nor has another process built it meanwhile
-            _build(library, sources, cuda=bool(gpus))
+    with _locked(folder / "lock"):
+        if not _loads_finished(folder, name):  # nor has another process built it meanwhile
+            _build(folder, name, sources, cuda=bool(gpus))
 
 
-def _library(files: list[Path], gpus: list) -> Path:
-    """Where the finished library is, or will be: another for whatever changes it, machines that
-    share a home directory included. Where there is no compiler, any compiler's will do."""
+def _place(files: list[Path], gpus: list) -> tuple[Path, str]:
+    """Folder and name of the finished library: others for whatever changes it, machines that share
+    a home directory included. Where there is no compiler, any compiler's will do: "*"."""
     machine = (torch.__version__, sys.version, platform.machine(), _cpu_features(), gpus)
     state = b"|".join([file.read_bytes() for file in files] + [str(machine).encode()])
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
     folder = Path(root).expanduser() / f"pool_conv_{hashlib.sha256(state).hexdigest()[:12]}"
     compiler = _compiler()
-    finished = [] if compiler else sorted(folder.glob("*.so"))
-    name = hashlib.sha256(compiler.encode()).hexdigest()[:12]
-    return finished[0] if finished else folder / f"{name}.so"
+    return folder, hashlib.sha256(compiler.encode()).hexdigest()[:12] if compiler else "*"
 
 
-def _loads(library: Path) -> bool:
-    """Load it. False if it is not there, or cannot be loaded: then it is built anew."""
-    try:
-        torch.ops.load_library(str(library))
-    except OSError:
-        return False
-    return True
+def _loads_finished(folder: Path, name: str) -> bool:
+    """Load what is there and whole, of the size that ends its name: what is cut would end the
+    process. False if there is none, or none that can be loaded: then it is built anew."""
+    for library in sorted(folder.glob(f"{name}-*.so")):
+        if library.stem.endswith(f"-{library.stat().st_size}"):
+            with contextlib.suppress(OSError):
+                torch.ops.load_library(str(library))
+                return True
+    return False
 
 
-def _build(library: Path, sources: list[Path], cuda: bool) -> None:
+def _build(folder: Path, name: str, sources: list[Path], cuda: bool) -> None:
     """Compile, load, and put the result where it is looked for, at once and complete."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA: known
     from unittest import mock
@@ -171,7 +171,7 @@ def _build(library: Path, sources: list[Path], cuda: bool) -> None:
             link_flags.append("-fopenmp")
     if cuda:
         flags.append("-DWITH_CUDA")
-    with (tempfile.TemporaryDirectory(dir=library.parent, ignore_cleanup_errors=True) as scratch,
+    with (tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch,
           mock.patch.dict(os.environ, _environment(scratch)),
           # torch's lock: this folder is ours, and a network's file system may have none
           mock.patch.object(cpp_extension, "FileLock", contextlib.nullcontext, create=True)):
@@ -179,7 +179,7 @@ def _build(library: Path, sources: list[Path], cuda: bool) -> None:
                            extra_cflags=flags, extra_cuda_cflags=["-O3"],
                            extra_ldflags=link_flags, with_cuda=cuda, is_python_module=False)
         built, = Path(scratch).glob(f"pool_conv*{cpp_extension.LIB_EXT}")
-        os.replace(built, library)
+        os.replace(built, folder / f"{name}-{built.stat().st_size}.so")
 
 
 def _environment(scratch: str) -> dict[str, str]:

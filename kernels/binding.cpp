@@ -1,4 +1,4 @@
-// The operators: schema, and what runs on which device. Checks, autograd, fake kernels and the
+// The operators: schema, checks, and what runs on which device. Autograd, fake kernels and the
 // rules for autocast and vmap are in __init__.py.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
@@ -366,6 +366,11 @@ Tensor apply_backward_cuda(const Tensor& grad, const MaybeTensor& out, const Ten
 
 // The operators: their arguments, checked and laid out, go to `run`, the device's function above.
 
+void check_mode(const Tensor& in, int64_t mode) {
+  const int64_t least = mode == MAXPOOL ? 2 : 1;
+  TORCH_CHECK_VALUE(mode == NONE || mode == MAXPOOL || mode == STRIDE, "no mode ", mode);
+  TORCH_CHECK_VALUE(in.size(2) >= least && in.size(3) >= least, "x is too small");
+}
 at::DimVector output_sizes(const Tensor& x, const Tensor& weight, int64_t mode) {
   const int64_t stride = mode == STRIDE ? 2 : 1;
   return {x.size(0), weight.size(0), (x.size(2) - 1) / stride + 1, (x.size(3) - 1) / stride + 1};
@@ -373,6 +378,7 @@ at::DimVector output_sizes(const Tensor& x, const Tensor& weight, int64_t mode) 
 
 template <auto run, at::MemoryFormat of_weight>
 Outputs forward(const Tensor& x, const Tensor& weight, int64_t mode) {
+  check_mode(x, mode);
   const Arguments given{x, of_weight};
   return run(*given.image("x", x, x.sizes()), *given.weight(weight), mode);
 }
@@ -381,6 +387,7 @@ template <auto run, at::MemoryFormat of_weight>
 Gradients backward(const Tensor& grad_y, const MaybeTensor& grad_pooled, const Tensor& x,
                    const Tensor& weight, const Tensor& argmax, int64_t mode, int64_t height,
                    int64_t width, bool want_x, bool want_weight) {
+  TORCH_CHECK_VALUE(mode == MAXPOOL || !grad_pooled, "backward: grad_pooled without a max-pool");
   const Arguments given{x, of_weight};
   return run(*given.image("grad_y", grad_y, output_sizes(x, weight, mode)),
              given.image("grad_pooled", grad_pooled, x.sizes()), *given.image("x", x, x.sizes()),
@@ -392,6 +399,7 @@ template <auto run, at::MemoryFormat of_weight>
 Normalised norm_conv(const Tensor& x, const MaybeTensor& norm, const Tensor& weight,
                      const MaybeTensor& gamma, const MaybeTensor& beta, double eps, int64_t mode,
                      bool normalise) {
+  check_mode(x, mode);
   TORCH_CHECK_VALUE(mode != MAXPOOL || !norm, "norm_conv: a max-pool or a norm, not both");
   const Arguments given{x, of_weight};
   const int64_t c_in = x.size(1), c_out = weight.size(0);

@@ -13,9 +13,12 @@ where operators one by one take 17 T and 27 T, and torch keeps 6 T for the way b
 """
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.nn import BatchNorm2d, Conv2d, Module, Sequential
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -78,6 +81,7 @@ def _can_fuse(x: torch.Tensor, convs: list[Module], norms: list[Module],
         sizes.append(1)
     by = 2 if downsample == "maxpool" else 1
     return (downsample != "stride"
+            and _is_plain_tensor(x)
             and x.dtype == torch.float32
             and not x.is_meta  # torch counts operations there
             and not torch.is_autocast_enabled(x.device.type)
@@ -93,10 +97,19 @@ def _can_fuse(x: torch.Tensor, convs: list[Module], norms: list[Module],
             and (all(map(_of_batch, norms)) or not torch.is_grad_enabled()))
 
 
+def _is_plain_tensor(x: torch.Tensor) -> bool:
+    """No subclass (a fake one, say), and nothing that would look into the operators: a transform of
+    torch.func, forward-mode differentiation, torch.jit.trace. On a CPU or CUDA."""
+    return (type(x) in (torch.Tensor, torch.nn.Parameter)
+            and x.device.type in ("cpu", "cuda", "meta")
+            and not torch._C._are_functorch_transforms_active()
+            and forward_ad._current_level < 0 and not torch.jit.is_tracing())
+
+
 def _is_plain(module: Module, kind: type) -> bool:
     """Exactly torch's module, whose call does nothing but its own `forward`: what is pruned,
     parametrised or watched has hooks or a type of its own."""
-    return (type(module) is kind and "forward" not in vars(module)
+    return (type(module) is kind and not {"forward", "_conv_forward"} & vars(module).keys()
             and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
                      or module._backward_pre_hooks or _has_any_global_hook()))
 
@@ -113,7 +126,10 @@ def pool_conv(x: torch.Tensor, conv: Module,
     """(conv(p), p), where p is x, for "maxpool" maxpool2x2(x); for "stride", conv has twice its
     stride in this call. By `pool_conv2d` where that computes what the module does, else the module
     is called."""
-    if _is_plain_conv(conv, 3):
+    # pool_conv2d can be compiled; on CUDA it has no float64
+    fits = (torch.compiler.is_compiling() or _is_plain_tensor(x)
+            and not (x.is_cuda and x.dtype == torch.float64))
+    if fits and _is_plain_conv(conv, 3):
         return pool_conv2d(x, conv.weight, downsample)
     p = F.max_pool2d(x, 2) if downsample == "maxpool" else x
     if downsample != "stride":
@@ -153,6 +169,17 @@ def _moments(y: torch.Tensor, norm: BatchNorm2d) -> torch.Tensor:
     return _rows(norm, batch, y)
 
 
+def _once(backward: Callable) -> Callable:
+    """What torch's once_differentiable is to do, which for `autograd.grad` of other tensors than
+    leaves it does not: a second derivative would be wrong without a word."""
+    @functools.wraps(backward)
+    def checked(ctx, grad):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise NotImplementedError("a fused block has no second derivative: use native ops")
+        return backward(ctx, grad)
+    return checked
+
+
 def _affine(back: torch.Tensor, gamma: torch.Tensor | None) -> tuple:
     """Gradients of gamma and beta, where the norm has them."""
     return (None, None) if gamma is None else tuple(back[GRAD_AFFINE].clone())
@@ -167,7 +194,7 @@ class _NormReLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, grad):
         y, rows, gamma, out = ctx.saved_tensors
         back, _ = ops.finish_backward(grad, out, y, rows, gamma, None, None, None)
@@ -201,7 +228,7 @@ class _BasicBlock(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, grad):
         (x, argmax, weight1, weight2, weight_s, y1, y2, r, rows1, rows2, rows_s, out, gamma1,
          gamma2, gamma_s) = ctx.saved_tensors

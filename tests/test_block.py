@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from test_kernels import distance, elsewhere, needs_compiler, ops  # noqa: F401  a fixture
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -292,6 +293,26 @@ def test_one_value_a_channel_is_refused_in_training(ops):
                      (make_stem(True)[1], torch.ones(1, 3, 1, 1))):
         with pytest.raises(ValueError, match="more than 1 value per channel"):
             layer(x)
+
+
+def test_no_second_derivative_and_no_transform_is_fused():
+    """torch's once_differentiable would let the former pass, with zeros."""
+    block = Block(16, 16, False)
+    x = torch.randn(2, 16, 6, 6, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.functional.hvp(lambda x: block(x, "none").square().sum(), x, x)
+
+    def loss(forward):
+        return lambda x: forward(x, "none").square().sum()
+    with torch.no_grad():
+        expected = torch.func.grad(loss(block.native))(x)
+        assert_close([torch.func.grad(loss(block))(x)], [expected], 1e-5)
+        _, tangent = torch.func.jvp(loss(block), (x,), (x,))
+        assert tangent == pytest.approx((expected * x).sum().item(), rel=1e-4)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert block(mode.from_tensor(x), "maxpool").shape == (2, 16, 3, 3)
+    traced = torch.jit.trace(block, x.detach(), check_trace=False)
+    assert torch.allclose(traced(x), block(x), atol=1e-4)
 
 
 # ------------------------------------------------------------------------- modules of any kind
