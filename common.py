@@ -438,22 +438,23 @@ def read_arrays(args: argparse.Namespace) -> dict[str, np.ndarray]:
     name = args.dataset
     data_dir = Path(args.data_dir)
     size = args.image_size
+    path = Path(name)
     if name in DATASET_PROTOCOLS:
-        size = size if name == "food101" else 32
         key = f"{name}-{size}" if name == "food101" else name
+        size = size if name == "food101" else 32
         open_parts = partial(open_torchvision, name, data_dir)
-    elif os.path.isdir(name):
+    elif path.is_dir():
         size = size or 32
         try:
-            listing = list_images(Path(name))
+            listing = list_images(path)
         except OSError as error:
             raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-        key = f"{Path(name).resolve().name[:80]}-{digest(listing)}-{size}"
-        open_parts = partial(open_folder, Path(name), listing)
-    elif name.endswith(".npz") and os.path.isfile(name):
-        state = os.stat(name)
-        key = f"{Path(name).name[:80]}-{digest((state.st_size, state.st_mtime_ns))}-{size}"
-        open_parts = partial(open_npz, name)
+        key = cache_name(path, listing, size)
+        open_parts = partial(open_folder, path, listing)
+    elif path.suffix == ".npz" and path.is_file():
+        state = path.stat()
+        key = cache_name(path, (state.st_size, state.st_mtime_ns), size)
+        open_parts = partial(open_npz, path)
     else:
         raise UserError(f"unknown data set {name!r}: choose {', '.join(DATASET_PROTOCOLS)}, or "
                         "give a folder of images, or an .npz file")
@@ -482,9 +483,10 @@ def read_arrays(args: argparse.Namespace) -> dict[str, np.ndarray]:
     raise UserError(f"no cache can be written ({refusal}): give another --cache-dir")
 
 
-def digest(content: Sequence) -> str:
-    """Eight hexadecimal digits for what repr() says."""
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:8]
+def cache_name(path: Path, content: Sequence, size: int | None) -> str:
+    """Of the cache of a user's images: other `content` has another name."""
+    digest = hashlib.sha256(repr(content).encode()).hexdigest()
+    return f"{path.resolve().name[:80]}-{digest[:8]}-{size}"
 
 
 def read_digits() -> dict[str, np.ndarray]:
@@ -506,46 +508,55 @@ Parts = tuple[dict[str, Sequence], list[str]]
 def open_torchvision(name: str, data_dir: Path) -> Parts:
     """A data set of torchvision's, downloaded into `data_dir` unless its files are there."""
     from torchvision import datasets, transforms
-    sources = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100,  # 28x28: a border of 0
-               "fashion-mnist": partial(datasets.FashionMNIST, transform=transforms.Pad(2))}
+    sources = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100,
+               "fashion-mnist": partial(datasets.FashionMNIST, transform=transforms.Pad(2)),
+               "food101": datasets.Food101}  # Pad: 28x28, a border of 0
     parts = {}
     try:
         for part in ("train", "test"):
-            if name == "food101":
-                parts[part] = datasets.Food101(data_dir, split=part, download=True)
-            else:
-                parts[part] = sources[name](data_dir, train=part == "train", download=True)
+            which = {"split": part} if name == "food101" else {"train": part == "train"}
+            parts[part] = sources[name](data_dir, download=True, **which)
     except Exception as error:  # network, archive, checksum: the advice is the same
         raise UserError(f"cannot download {name} ({str(error) or type(error).__name__}): put its "
                         f"official files into {data_dir}, as torchvision keeps them") from error
     return parts, parts["train"].classes
 
 
-def open_npz(path: str) -> Parts:
-    """A file as MedMNIST ships them: {train,test}_images, uint8 (N,H,W), (N,H,W,1) or (N,H,W,3),
-    and {train,test}_labels, integers (N,) or (N,1)."""
+def open_npz(path: Path) -> Parts:
+    """A file as MedMNIST ships them; `check_arrays` says what it may hold."""
     parts = {}
     try:
         with np.load(path) as file:
-            classes = np.unique(file["train_labels"]).tolist()
-            for part in ("train", "test") if "test_images" in file else ("train",):
-                images = file[f"{part}_images"]
-                labels = file[f"{part}_labels"]
-                if images.dtype != np.uint8 or images.ndim not in (3, 4) \
-                        or images.shape[3:] not in ((), (1,), (3,)):
-                    raise ValueError(f"{part}_images: {images.dtype} {images.shape}, not uint8 "
-                                     "(N,H,W), (N,H,W,1) or (N,H,W,3)")
-                if labels.dtype.kind not in "iu" or labels.size != len(images):
-                    raise ValueError(f"{part}_labels: {labels.dtype} {labels.shape}, not one "
-                                     "integer for each image")
-                if not np.isin(labels, classes).all():
-                    raise ValueError(f"{part}_labels: one is no training image's")
-                images = images.squeeze(3) if images.shape[3:] == (1,) else images
-                parts[part] = list(zip(images, np.searchsorted(classes, labels.ravel()).tolist()))
+            arrays = {name: file[name] for name in file if name.startswith(("train_", "test_"))}
+        classes = check_arrays(arrays)
+        for part in ("train", "test") if "test_images" in arrays else ("train",):
+            images = arrays[f"{part}_images"]
+            images = images.squeeze(3) if images.shape[3:] == (1,) else images
+            labels = np.searchsorted(classes, arrays[f"{part}_labels"].ravel())
+            parts[part] = list(zip(images, labels.tolist()))
     except (OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot use {path}, with arrays train_images, train_labels, test_images, "
                         f"test_labels: {error}") from error
     return parts, list(map(str, classes))
+
+
+def check_arrays(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """The training labels that occur, sorted. ValueError unless train_images and, if they are
+    there, test_images are uint8 (N,H,W), (N,H,W,1) or (N,H,W,3) and their labels are integers,
+    (N,) or (N,1), those of the test images among the others."""
+    classes = np.unique(arrays["train_labels"])
+    for part in ("train", "test") if "test_images" in arrays else ("train",):
+        images = arrays[f"{part}_images"]
+        labels = arrays[f"{part}_labels"]
+        if images.dtype != np.uint8 or images.ndim < 3 or images.shape[3:] not in ((), (1,), (3,)):
+            raise ValueError(f"{part}_images: {images.dtype} {images.shape}, not uint8 (N,H,W), "
+                             "(N,H,W,1) or (N,H,W,3)")
+        if labels.dtype.kind not in "iu" or labels.size != len(images):
+            raise ValueError(f"{part}_labels: {labels.dtype} {labels.shape}, not one integer for "
+                             "each image")
+        if not np.isin(labels, classes).all():
+            raise ValueError(f"{part}_labels: one is no training image's")
+    return classes
 
 
 def list_folders(folder: Path) -> list[Path]:
@@ -614,21 +625,18 @@ def open_folder(root: Path, listing: list[tuple]) -> Parts:
     return parts, classes
 
 
-TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270",
-         "TRANSVERSE", "ROTATE_90")  # what EXIF's orientations 2 to 8 ask for
-
-
 def open_image(path: str | Path):
     """The image as a viewer shows it, PIL's in RGB: turned as EXIF says, on white where it is
     transparent, 16 bits as 8. UserError naming the file and what is in it."""
-    from PIL import Image
+    from PIL import Image, ImageOps
     kind = None
     try:
         with Image.open(path) as image:
             kind = image.format
             if kind not in ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP"):
                 raise ValueError("a format that is not read")  # some would start a program
-            turn = image.getexif().get(0x0112)
+            image.load()  # turns a TIFF itself, and removes its tag
+            orientation = image.getexif().get(0x0112)
             if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
                 pixels = np.asarray(image.convert("I")) >> 8
                 if kind == "TIFF" and image.tag_v2.get(262) == 0:  # white is 0
@@ -639,9 +647,10 @@ def open_image(path: str | Path):
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            if turn in range(2, 9):
-                image = image.transpose(Image.Transpose[TURNS[turn - 2]])
-            return image.convert("RGB")
+            image = image.convert("RGB")
+            image.info.clear()  # Pillow turns no image with another tag that is broken
+            image.getexif()[0x0112] = orientation
+            return ImageOps.exif_transpose(image)
     except MemoryError:
         raise
     except Exception as error:  # a damaged file raises many kinds
@@ -649,30 +658,13 @@ def open_image(path: str | Path):
 
 
 def square(image, size: int) -> np.ndarray:
-    """The centre square of one of PIL's images: uint8 (size,size,3)."""
+    """The centre square of an image, a path, an array or one of PIL's: uint8 (size,size,3)."""
     from PIL import Image, ImageOps
-    fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BOX)
-    return np.asarray(fitted)
-
-
-def read_squares(part: Sequence, size: int) -> Iterator[tuple[np.ndarray | UserError, int]]:
-    """The centre squares of a part, or why there is none, and the labels; read in parallel."""
-    from PIL import Image
-
-    def read(i: int) -> tuple[np.ndarray | UserError, int]:
-        image, label = part[i]
-        try:
-            if isinstance(image, Path):
-                image = open_image(image)
-            if isinstance(image, np.ndarray):
-                image = Image.fromarray(image)
-            return square(image, size), label
-        except UserError as error:
-            return error, label
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(part), 256):  # not all at once: they would fill the memory
-            yield from pool.map(read, range(start, min(start + 256, len(part))))
+    if isinstance(image, (str, Path)):
+        image = open_image(image)
+    elif isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BOX))
 
 
 def write_cache(cache: Path, parts: dict[str, Sequence], classes: list[str],
@@ -685,25 +677,32 @@ def write_cache(cache: Path, parts: dict[str, Sequence], classes: list[str],
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
     temporary.mkdir()
     unreadable = []
+
+    def read(pairs: Sequence, images: np.ndarray, labels: np.ndarray, i: int) -> None:
+        image, labels[i] = pairs[i]
+        try:
+            images[i] = square(image, size)
+        except UserError as error:
+            unreadable.append(str(error))
+
     for part, pairs in parts.items():
         shape = (len(pairs), size, size, 3)
         if math.prod(shape) > shutil.disk_usage(temporary).free:  # a full disk would be SIGBUS
             raise OSError(f"{math.prod(shape) / 2 ** 30:.1f} GiB of images do not fit the disk")
         images = np.lib.format.open_memmap(temporary / f"{part}_images.npy", "w+", np.uint8, shape)
         labels = np.empty(len(pairs), np.int64)
-        squares = progress(read_squares(pairs, size), f"reading {part}", total=len(pairs))
-        for i, (image, labels[i]) in enumerate(squares):
-            if isinstance(image, UserError):
-                unreadable.append(str(image))
-            else:
-                images[i] = image
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            reads = pool.map(partial(read, pairs, images, labels), range(len(pairs)))
+            for _ in progress(reads, f"reading {part}", total=len(pairs)):
+                pass
         images.flush()
         np.save(temporary / f"{part}_labels.npy", labels)
     np.save(temporary / "classes.npy", np.array(classes))
     if unreadable:
         shutil.rmtree(temporary)
         more = f"; and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
-        raise UserError(f"mend or remove what cannot be read: {'; '.join(unreadable[:20])}{more}")
+        raise UserError(f"mend or remove what cannot be read: "
+                        f"{'; '.join(sorted(unreadable)[:20])}{more}")
     os.rename(temporary, cache)
 
 
@@ -712,30 +711,24 @@ def read_cache(cache: Path) -> dict[str, np.ndarray]:
     what `read_arrays` promises."""
     arrays = {}
     try:
-        for part in ("train", "test") if (cache / "test_images.npy").exists() else ("train",):
+        for path in cache.glob("*.npy"):
             # "c": what torch may write to, though nobody does, without changing the file
-            images = np.load(cache / f"{part}_images.npy", mmap_mode="c")
-            labels = np.load(cache / f"{part}_labels.npy")
-            if images.dtype != np.uint8 or images.shape[1:] != (images.shape[1],) * 2 + (3,):
-                raise ValueError(f"{part}_images: {images.dtype} {images.shape}, not uint8 NHHC")
-            if labels.shape != (len(images),) or labels.dtype.kind not in "iu":
-                raise ValueError(f"{part}_labels: {labels.dtype} {labels.shape}, not integers (N,)")
-            arrays[f"{part}_images"] = images if images.nbytes > 2 ** 32 else np.array(images)
-            arrays[f"{part}_labels"] = labels.astype(np.int64)
-            if images.shape[1:] != arrays["train_images"].shape[1:]:
-                raise ValueError("test_images are of another size than train_images")
-            classes = np.unique(arrays["train_labels"]).tolist()
-            if classes != list(range(len(classes))) or not set(labels) <= set(classes):
-                raise ValueError("labels: not 0..K-1, each among the training images")
-        arrays["classes"] = np.array(classes).astype(str)
-        if (cache / "classes.npy").exists():
-            arrays["classes"] = np.load(cache / "classes.npy")
-    except (EOFError, IndexError, ValueError) as error:
+            array = np.load(path, mmap_mode="c")
+            arrays[path.stem] = array if array.nbytes > 2 ** 32 else np.array(array)
+        classes = check_arrays(arrays)
+        size = arrays["train_images"].shape[1]
+        for part in ("train", "test") if "test_images" in arrays else ("train",):
+            if arrays[f"{part}_images"].shape[1:] != (size, size, 3):
+                raise ValueError(f"{part}_images are not squares of one size, of three channels")
+            arrays[f"{part}_labels"] = arrays[f"{part}_labels"].ravel().astype(np.int64)
+        if classes.tolist() != list(range(len(classes))):
+            raise ValueError("train_labels: not 0..K-1")
+        return {"classes": classes.astype(str)} | arrays
+    except (EOFError, LookupError, ValueError) as error:
         raise UserError(f"{cache} is not a usable cache ({error}): delete it to have it made "
                         "anew") from error
     except OSError as error:
         raise UserError(f"cannot read {cache}: {error}") from error
-    return arrays
 
 
 def choose_images(arrays: dict[str, np.ndarray], args: argparse.Namespace) -> dict[str, np.ndarray]:
