@@ -1,10 +1,8 @@
 """What the stages share: arguments, data, networks, learning, the run folder, plots.
 
 Nothing runs on import. A stage needs this file beside it; the folder kernels/ makes it faster.
-In order: errors and arguments - many processes - data - configurations - networks - learning -
-the run folder - reports and plots.
-The method: Javan, Toews, Pedersoli, "Balanced Mixture of SuperNets for Learning the CNN Pooling
-Architecture", arXiv:2306.11982; "the paper" below.
+"The paper" is Javan, Toews, Pedersoli, "Balanced Mixture of SuperNets for Learning the CNN Pooling
+Architecture", arXiv:2306.11982.
 """
 from __future__ import annotations
 
@@ -18,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import shlex
 import shutil
@@ -55,7 +52,7 @@ class UserError(Exception):
 
 
 class TrainingError(Exception):
-    """Training cannot go on, a loss is not finite: printed as one line, exit code 1."""
+    """Training cannot go on: printed as one line, exit code 1."""
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -120,36 +117,31 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def add_space(add: Callable) -> None:
-    """The arguments that restrict which configurations are searched, or trained exhaustively."""
+    """The arguments that restrict the configurations."""
     add("--configs", nargs="+", metavar="N,N,N", help="only these configurations; None: all")
-    add("--max-macs", type=number(float, 0), metavar="FACTOR",
-        help="only configurations of at most so many times the default's multiply-adds")
+    add("--max-macs", type=number(float, 0), help="none of more times the default's multiply-adds")
 
 
 def make_parser(description: str, search: bool) -> Parser:
     """The arguments that all stages share; search: and those of both searches."""
     parser = Parser(description=description, formatter_class=HelpFormatter)
-
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default="digits", metavar="NAME|FOLDER|NPZ", help=", ".join(DATASET_PROTOCOLS)
-        + "; a folder of images, train/<class>/ and test/<class>/ or val/<class>/; a file like "
-        "MedMNIST's")
+        + "; a folder of train/<class>/ and test/<class>/ or val/<class>/; a file like MedMNIST's")
     add("--data-dir", default="data", help="where data sets and their caches are kept")
-    add("--cache-dir", help="for the caches alone; None: --data-dir, or ~/.cache/cnn-pooling where "
-        "that cannot be written")
-    add("--test-fraction", type=number(float, 0.01, 0.99), metavar="FRACTION", help="of the images "
-        "of a folder or file without a test set that is to be one, the same for every --seed")
-    add("--image-size", type=number(int, 8, 1024), metavar="N", help="resample the images to NxN; "
-        "None: native, 32; food101: 64 for resnet20, else 224")
+    add("--cache-dir", help="None: --data-dir, or ~/.cache/cnn-pooling where that is not writable")
+    add("--test-fraction", type=number(float, 0.01, 0.99), metavar="FRACTION",
+        help="of a folder or file without a test set that is to be one, the same for every --seed")
+    add("--image-size", type=number(int, 8, 1024), metavar="N",
+        help="resample to NxN; None: native, 32; food101: 64 for resnet20, else 224")
     add("--num-train", type=number(int, 2), metavar="N",
         help="use N of the training images, stratified by class; None: all")
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", choices=ARCHS, default="resnet20", help="the network")
-    add("--num-resolutions", type=number(int, 1), metavar="R",
-        help="how often it pools, plus 1; None: 3 for resnet20, else 4")
-    add("--downsample", choices=["maxpool", "stride"], help="a 2x2 max-pool before the layer, or "
-        "stride 2 in its 3x3 convolution; None: maxpool for resnet20, else stride")
+    add("--num-resolutions", type=number(int, 1), metavar="R", help="None: 3 for resnet20, else 4")
+    add("--downsample", choices=["maxpool", "stride"], help="2x2, before the layer, or of its 3x3 "
+        "convolution; None: maxpool for resnet20, else stride")
     add("--width", type=number(float, 0.0625, 16), default=1.0, help="multiplier on the channels")
 
     add = parser.add_argument_group("training").add_argument
@@ -160,8 +152,7 @@ def make_parser(description: str, search: bool) -> Parser:
         add("--lr", type=number(float, 0), nargs=2, metavar=("FIRST", "LAST"),
             help="learning rate, cosine per epoch; None: 0.1 0.001")
     else:
-        add("--lr", type=number(float, 0), help="learning rate; x0.1 at 40, 60, 80 and 90 %% of "
-            "the epochs; None: 0.1")
+        add("--lr", type=number(float, 0), help="x0.1 at 40, 60, 80, 90 %% of epochs; None: 0.1")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD")
     add("--weight-decay", type=number(float, 0), help="of SGD; None: 0, larger networks 0.0005")
 
@@ -171,19 +162,18 @@ def make_parser(description: str, search: bool) -> Parser:
         add("--split", type=number(float, 0.01, 0.99), default=0.5, metavar="FRACTION",
             help="of the training images that trains weights; the rest validates")
         add("--draw", choices=["uniform", "cost", "blocks"], default="uniform", help="how often a "
-            "step trains each configuration. uniform: all equally, as in the paper. cost: in "
-            "proportion to its multiply-adds. blocks: the block lengths one after another, each "
-            "uniformly among those possible")
-        add("--ground-truth", metavar="CSV", help="results.csv of train_exhaustive.py: report "
-            "Kendall tau, Spearman rho, rank and regret of the pick")
+            "step trains each configuration: all equally, as in the paper; in proportion to its "
+            "multiply-adds; or block after block, each length uniformly among those possible")
+        add("--ground-truth", metavar="CSV",
+            help="results.csv of train_exhaustive.py, to compare the ranking with")
         add("--rank-every", type=number(int, 1), metavar="N",
             help="also rank all configurations every N epochs, into log.jsonl")
 
     add = parser.add_argument_group("run").add_argument
     add("--out", help="run folder; None: runs/<stage>-<dataset>")
     add("--seed", type=number(int, 0, 2 ** 62), default=0, help="origin of every random stream")
-    add("--metric", choices=["accuracy", "balanced"], default="accuracy", help="that ranks and "
-        "tests: of all images, or the mean of the classes' accuracies")
+    add("--metric", choices=["accuracy", "balanced"], default="accuracy",
+        help="that ranks and tests: of all images, or the mean of the classes' accuracies")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda (ranks take the GPUs in turn), cuda:1")
     add("--kernel", choices=["auto", "fused", "native"], default="auto",
@@ -206,11 +196,8 @@ def fill_defaults(args: argparse.Namespace, search: bool) -> argparse.Namespace:
 
 
 def stream_seed(seed: int, *key: str | int) -> int:
-    """A 63-bit seed for the random stream named by `key`, e.g. ("order", supernet, epoch).
-
-    Streams of different keys are independent, so changing one setting reshuffles nothing else,
-    and a stream made for one epoch needs no place in a checkpoint.
-    """
+    """A 63-bit seed for the random stream named by `key`, e.g. ("order", supernet, epoch). Changing
+    one setting reshuffles no other stream, and one of an epoch needs no place in a checkpoint."""
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -229,11 +216,8 @@ progress = partial(tqdm, disable=True if rank else None, leave=False)  # None: q
 
 
 def join_ranks() -> None:
-    """Join the other ranks, if there are any. All but rank 0 print nothing but errors.
-
-    The backend is gloo on GPUs, too: what is exchanged are small tensors that the CPU needs, and
-    nccl lets no two ranks share a GPU.
-    """
+    """Join the other ranks, if there are any. All but rank 0 print nothing but errors. On GPUs it
+    is gloo, too: few small tensors are exchanged, and nccl lets no two ranks share a GPU."""
     if world == 1 or dist.is_initialized():
         return
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
@@ -294,9 +278,9 @@ class Images:
     """Images with labels, of which `rows` are this set's.
 
     images: uint8 (N,H,H,3), labels: int64 (N,), rows: int64 (n,), all on the device or, if the
-    images are memory-mapped, on the CPU; device: where batches are made; mean, std: float32 (3,)
-    of the training pixels, 0..255; classes: their names; flip: whether training batches may be
-    mirrored; crop: how they are cropped, "pad" from a border of zeros or "resized".
+    images are memory-mapped, on the CPU; mean, std: float32 (3,) of the training pixels, 0..255;
+    classes: their names; flip, crop: whether training batches may be mirrored, and how they are
+    cropped, one of CROPS; device: where batches are made.
     """
     images: torch.Tensor
     labels: torch.Tensor
@@ -330,7 +314,6 @@ class Images:
         labels = self.labels[rows].to(self.device, non_blocking=True)
         if crops is not None:
             images = CROPS[self.crop][1](images, crops)
-
         return normalise(images, self.mean, self.std), labels
 
     def num_batches(self, batch_size: int) -> int:
@@ -341,8 +324,8 @@ class Images:
     def passes(self, batch_size: int, order: torch.Generator,
                crops: torch.Generator | None = None) -> Iterator:
         """Batches without end: pass after pass over all images, each in a new random `order`,
-        augmented if there is a stream for the `crops`. What is random is drawn and moved to the
-        device once a pass, so that no batch makes the CPU wait for the device."""
+        augmented if there is a stream for the `crops`. Randomness is moved to the device once a
+        pass, so that no batch makes the CPU wait for it."""
         count = self.num_batches(batch_size)
         while True:
             index = torch.randperm(len(self), generator=order).to(self.rows.device)
@@ -354,9 +337,8 @@ class Images:
                 yield from map(self.batch, index, drawn.to(self.device).tensor_split(count))
 
     def evaluation_batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Batches that cover every image once, always the same for the same n: shuffled and of
-        near-equal size, since supernets normalise with the statistics of the batch, and a
-        class-sorted batch or a last one of three images would falsify them."""
+        """Batches that cover every image once, always the same: shuffled and of near-equal size,
+        since supernets normalise with the statistics of the batch."""
         batches = self.passes(batch_size, stream(0, "evaluation"))
         for _ in progress(range(self.num_batches(batch_size)), "evaluating"):
             yield next(batches)
@@ -378,15 +360,12 @@ def draw_pad_crops(count: int, size: int, flip: bool, rng: torch.Generator) -> t
 
 
 def pad_crop(images: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
-    """Crop each image at its own place from a border of H/8 zeros, then mirror some.
-
-    images: uint8 (B,H,H,3); crops: int64 (B,3): top and left in 0..2*(H/8), flip.
-    """
+    """Crop each image at its own place from a border of H/8 zeros, then mirror some. images: uint8
+    (B,H,H,3); crops: int64 (B,3): top and left in 0..2*(H/8), flip."""
     count, size, _, _ = images.shape
     top, left, flips = crops[:, :, None].unbind(1)
     pad = size // 8
     padded = F.pad(images, (0, 0, pad, pad, pad, pad))
-
     # the place of every pixel, (B,H,H), among all pixels of the padded images in a row
     line = torch.arange(size, device=images.device).expand(count, size)
     columns = left + torch.where(flips > 0, size - 1 - line, line)
@@ -407,10 +386,8 @@ def draw_resized_crops(count: int, size: int, flip: bool, rng: torch.Generator) 
 
 
 def resized_crop(images: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
-    """Cut a box out of each image, resize it bilinearly to the image's size, mirror some.
-
-    images: uint8 (B,H,H,3); crops: float32 (B,5): top, left, height, width in 0..1, flip. -> float.
-    """
+    """Cut a box out of each image, resize it bilinearly to the image's size, mirror some. images:
+    uint8 (B,H,H,3), to float32; crops: float32 (B,5): top, left, height, width in 0..1, flip."""
     top, left, height, width, flip = crops.unbind(1)
     zero = torch.zeros_like(top)
     boxes = torch.stack([width * (1 - 2 * flip), zero, 2 * left + width - 1,
@@ -432,9 +409,8 @@ def load_dataset(args: argparse.Namespace) -> tuple[Images, Images]:
 
 
 def read_arrays(args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """The images and labels of --dataset, from its cache or to be cached: uint8 (N,H,H,3)
-    train_images, int64 (N,) train_labels, alike test_images and test_labels unless they are still
-    to be split off, and the names of the classes."""
+    """The images of --dataset, from its cache or to be cached: train_images, uint8 (N,H,H,3),
+    train_labels, int64 (N,), classes, their names, and maybe test_images and test_labels."""
     name = args.dataset
     data_dir = Path(args.data_dir)
     size = args.image_size
@@ -500,8 +476,8 @@ def read_digits() -> dict[str, np.ndarray]:
     return split_test({"train_images": images, "train_labels": labels, "classes": classes}, 0.2)
 
 
-# What the functions below return: pairs (image, label) by part, "train" and maybe "test", the image
-# one of PIL's, an array or a path; the names of the classes.
+# pairs (image, label) by part, "train" and maybe "test", the image one of PIL's, an array or a
+# path; and the names of the classes
 Parts = tuple[dict[str, Sequence], list[str]]
 
 
@@ -576,7 +552,7 @@ def list_files(folder: Path) -> Iterator[Path]:
 def list_images(root: Path) -> list[tuple]:
     """All images of a folder: (part, class, path in `root`, size, time). They lie in train/<class>/
     and test/<class>/ or val/<class>/ (names may go on) or, without train/, in <class>/. Prints
-    what it leaves out; torchvision says which endings are images'. UserError if it cannot tell."""
+    what it leaves out. UserError if it cannot tell."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
     listing = []
     left_out = Counter()
@@ -669,9 +645,8 @@ def square(image, size: int) -> np.ndarray:
 
 def write_cache(cache: Path, parts: dict[str, Sequence], classes: list[str],
                 size: int | None) -> None:
-    """The folder `cache`: {train,test}_{images,labels}.npy, classes.npy. It appears when it is
-    complete. size: None for that of the first image. UserError naming images that cannot be read.
-    """
+    """The folder `cache`, of *.npy, which appears when it is complete. size: None for that of the
+    first image, an array. UserError naming images that cannot be read."""
     size = size or min(parts["train"][0][0].shape[:2])
     temporary = cache.with_name(f"tmp-{cache.name}")
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
@@ -707,8 +682,7 @@ def write_cache(cache: Path, parts: dict[str, Sequence], classes: list[str],
 
 
 def read_cache(cache: Path) -> dict[str, np.ndarray]:
-    """The arrays of a cache, memory-mapped if they take more than 4 GiB. UserError if they are not
-    what `read_arrays` promises."""
+    """The arrays of a cache, memory-mapped if they take more than 4 GiB."""
     arrays = {}
     try:
         for path in cache.glob("*.npy"):
@@ -725,8 +699,7 @@ def read_cache(cache: Path) -> dict[str, np.ndarray]:
             raise ValueError("train_labels: not 0..K-1")
         return {"classes": classes.astype(str)} | arrays
     except (EOFError, LookupError, ValueError) as error:
-        raise UserError(f"{cache} is not a usable cache ({error}): delete it to have it made "
-                        "anew") from error
+        raise UserError(f"{cache} is not a usable cache ({error}): delete it") from error
     except OSError as error:
         raise UserError(f"cannot read {cache}: {error}") from error
 
@@ -755,12 +728,11 @@ def choose_images(arrays: dict[str, np.ndarray], args: argparse.Namespace) -> di
 
 
 def split_test(arrays: dict[str, np.ndarray], fraction: float) -> dict[str, np.ndarray]:
-    """The arrays with a part of the training images as test images, the same for every --seed: no
-    run trains on what another one tests."""
+    """The arrays with a part of the training images as test images, the same for every --seed."""
     images = arrays["train_images"]
     labels = arrays["train_labels"]
-    train, test = stratified_split(labels, round((1 - fraction) * len(labels)), 0,
-                                   arrays["classes"])
+    first = round((1 - fraction) * len(labels))
+    train, test = stratified_split(labels, first, 0, arrays["classes"])
     return arrays | {"train_images": images[train], "train_labels": labels[train],
                      "test_images": images[test], "test_labels": labels[test]}
 
@@ -769,13 +741,11 @@ def resample(images: np.ndarray, size: int) -> np.ndarray:
     """uint8 (N,H,H,3) -> uint8 (N,size,size,3), each pixel the mean of its area."""
     if images.shape[1] == size:
         return images
-    resampled = np.empty((len(images), size, size, 3), np.uint8)
-    step = max(1, 2 ** 22 // max(size, images.shape[1]) ** 2)  # all as floats might not fit
-    for i in range(0, len(images), step):
-        part = torch.from_numpy(images[i:i + step]).permute(0, 3, 1, 2).float()
-        part = F.interpolate(part, size=(size, size), mode="area")
-        resampled[i:i + step] = part.round().byte().permute(0, 2, 3, 1)
-    return resampled
+    parts = []
+    for part in torch.from_numpy(images).split(64):  # all as floats might not fit
+        part = F.interpolate(part.permute(0, 3, 1, 2).float(), size=(size, size), mode="area")
+        parts.append(part.round().byte().permute(0, 2, 3, 1).contiguous())
+    return torch.cat(parts).numpy()
 
 
 def make_images(arrays: dict[str, np.ndarray], recipe: dict,
@@ -787,18 +757,16 @@ def make_images(arrays: dict[str, np.ndarray], recipe: dict,
     # einsum casts in small pieces: no copy as floats
     square = np.einsum("nhwc,nhwc->c", pixels, pixels, dtype=np.float64, casting="unsafe")
     pixel_std = np.sqrt(np.maximum(square / (pixels.size / 3) - pixel_mean ** 2, 1.0))
+    pixel_mean, pixel_std = torch.tensor(np.stack([pixel_mean, pixel_std])).float().to(device)
 
     sets = []
     for part in ("train", "test"):
         place = "cpu" if isinstance(arrays[f"{part}_images"], np.memmap) else device
+        images = torch.from_numpy(arrays[f"{part}_images"]).to(place)
         labels = torch.from_numpy(arrays[f"{part}_labels"]).to(place)
-        sets.append(Images(
-            images=torch.from_numpy(arrays[f"{part}_images"]).to(place), labels=labels,
-            rows=torch.arange(len(labels), device=place),
-            mean=torch.from_numpy(pixel_mean).float().to(device),
-            std=torch.from_numpy(pixel_std).float().to(device),
-            classes=arrays["classes"].tolist(), flip=recipe["flip"], crop=recipe["crop"],
-            device=device))
+        rows = torch.arange(len(labels), device=place)
+        sets.append(Images(images, labels, rows, pixel_mean, pixel_std, arrays["classes"].tolist(),
+                           recipe["flip"], recipe["crop"], device))
     return tuple(sets)
 
 
@@ -813,16 +781,14 @@ def describe(args: argparse.Namespace, first: Images, second: Images, folder: Pa
 
 def stratified_split(labels: np.ndarray, first: int, seed: int,
                      classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Split 0..N-1 into index arrays of `first` and N - `first` images, stratified by class; each
-    has all classes. UserError naming the class that is too small for it."""
+    """Split 0..N-1 into index arrays of `first` and N - `first` images, stratified by class.
+    UserError naming the class that is too small to be in both."""
     from sklearn.model_selection import train_test_split
-    try:
+    parts = ()
+    with contextlib.suppress(ValueError):  # sklearn wants one of each class, too
         parts = train_test_split(np.arange(len(labels)), train_size=first, stratify=labels,
                                  random_state=seed % 2 ** 32)
-        complete = all(len(np.unique(labels[part])) == len(classes) for part in parts)
-    except ValueError:  # sklearn wants one of each class, too
-        complete = False
-    if not complete:
+    if not parts or any(len(np.unique(labels[part])) < len(classes) for part in parts):
         counts = np.bincount(labels, minlength=len(classes))
         raise UserError(f"cannot split {len(labels)} images into {first} and {len(labels) - first} "
                         f"with each of {len(classes)} classes in both; the smallest, "
@@ -831,8 +797,7 @@ def stratified_split(labels: np.ndarray, first: int, seed: int,
 
 
 def split_for_search(train: Images, args: argparse.Namespace) -> tuple[Images, Images]:
-    """The training images, split by class into the part that trains weights and the part that
-    validates (paper: half and half). UserError if a part is smaller than a batch."""
+    """The part of the training images that trains weights and the one that validates."""
     labels = train.labels[train.rows].cpu().numpy()
     first, second = stratified_split(labels, round(args.split * len(train)),
                                      stream_seed(args.seed, "split"), train.classes)
@@ -860,8 +825,7 @@ def config_name(config: Config) -> str:
 
 
 def parse_config(text: str, like: Config | None = None) -> Config:
-    """"5,3,2" -> (5, 3, 2); UserError unless these are positive integers and, with `like`, as many
-    as there and of the same sum."""
+    """"5,3,2" -> (5, 3, 2), positive and, with `like`, as many as there and of the same sum."""
     try:
         config = tuple(int(part) for part in text.strip(" []").split(","))
     except ValueError:
@@ -876,8 +840,8 @@ def parse_config(text: str, like: Config | None = None) -> Config:
 
 @dataclass(frozen=True)
 class Space:
-    """The pooling configurations to choose from; macs: multiply-adds of one image's forward pass,
-    of all that the network could have."""
+    """The pooling configurations to choose from; macs: multiply-adds of one image's forward pass
+    with each that the network could have."""
     configs: list[Config]
     default: Config
     macs: dict[Config, int]
@@ -956,16 +920,15 @@ def use_kernel(kernel: str) -> None:
         kernels = module
 
 
-# How far the fused kernels' outputs and gradients may be from native ops', relatively. A ReLU that
-# tips over by a rounding moves gradients much: native ops' were 0.013 from float64's (resnet20,
-# 64 digits; with fp16 0.17, bf16 0.30), the fused kernels' 0.002.
+# How far fused kernels' outputs and gradients may be from native ops', relatively. A ReLU that tips
+# over by a rounding moves gradients much: native ops' are 0.013 from float64's, with bf16 0.30.
 AGREEMENT = {"off": (1e-4, 0.05), "fp16": (5e-3, 0.5), "bf16": (5e-2, 0.5)}
 
 
 def measure_kernels(args: argparse.Namespace, space: Space, images: Images) -> str:
-    """--kernel auto: "fused" or "native", whichever is faster in training steps of this network
-    with its default and its dearest configuration; native, too, where fused kernels cannot be
-    built or compute something else, which is a warning."""
+    """"fused" or "native", whichever is faster in training steps of this network with its default
+    and its dearest configuration; with a warning "native" where fused kernels cannot be built or
+    compute something else."""
     try:
         use_kernel("fused")
     except UserError as error:
@@ -974,25 +937,25 @@ def measure_kernels(args: argparse.Namespace, space: Space, images: Images) -> s
     learner = Learner(make_network(args, images, supernet=True), args)
     rows = torch.arange(min(args.batch_size, len(images)), device=images.rows.device)
     batch = images.batch(rows)
-    seconds = dict.fromkeys(("native", "fused"), math.inf)
+    seconds = {}
     results = {}
     try:
-        for kernel in 2 * [*seconds]:  # the first time everything is slower
+        for kernel in ("native", "fused", "native", "fused"):  # the first time both are slower
             use_kernel(kernel)
+            results[kernel] = []
             start = time.perf_counter()
             for config in (space.default, max(space.configs, key=space.macs.get)):
                 learner.optimizer.zero_grad()
                 logits, loss = learner.loss(*batch, config)
                 loss.backward()
                 gradients = [p.grad.flatten() for p in learner.network.parameters()]
-                results[kernel, config] = logits.detach().cpu(), torch.cat(gradients).cpu()
-            seconds[kernel] = min(seconds[kernel], time.perf_counter() - start)
-        for (kernel, config), expected in results.items():
-            for fused, native, limit in zip(results["fused", config], expected,
-                                            AGREEMENT[args.amp]):
-                error = (fused.double() - native).norm() / native.double().norm()
-                if not error <= limit:
-                    raise RuntimeError(f"outputs or gradients are off by {error:.1g}")
+                results[kernel] += [logits.detach().cpu(), torch.cat(gradients).cpu()]
+            seconds[kernel] = time.perf_counter() - start
+        limits = 2 * AGREEMENT[args.amp]  # of two configurations
+        for fused, native, limit in zip(results["fused"], results["native"], limits):
+            error = (fused.double() - native).norm() / native.double().norm()
+            if not error <= limit:
+                raise RuntimeError(f"outputs or gradients are off by {error:.1g}")
     except RuntimeError as error:  # also CUDA's
         print(f"warning: native ops are used, the fused kernels do not work here ({error}): please "
               "report this, with the output of python kernels/benchmark.py", file=sys.stderr)
@@ -1001,6 +964,27 @@ def measure_kernels(args: argparse.Namespace, space: Space, images: Images) -> s
     print(f"a training step: {500 * seconds['fused']:.0f} ms with fused kernels, "
           f"{500 * seconds['native']:.0f} ms with native ops: {fastest}", flush=True)
     return fastest
+
+
+def choose_kernel(args: argparse.Namespace, begun: str | None, space: Space,
+                  images: Images) -> None:
+    """Make args.kernel "fused" or "native", and use it. "auto" is what a run has `begun` with, but
+    for a warning where that cannot be built any more, or what rank 0 measures for all."""
+    asked = args.kernel
+    if asked == "auto" and begun is None:
+        choice = [measure_kernels(args, space, images) if rank == 0 else None]
+        if world > 1:
+            dist.broadcast_object_list(choice)
+        begun, = choice
+    if asked == "auto":
+        args.kernel = begun
+    try:
+        use_kernel(args.kernel)
+    except UserError as error:
+        if asked == "fused":
+            raise
+        print(f"warning: {error}; goes on with native ops, to other bits", file=sys.stderr)
+        args.kernel = "native"
 
 
 def fused() -> bool:
@@ -1056,12 +1040,9 @@ class Stem(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (1x1 convolution where the channels change).
-
-    "maxpool": the pooled input feeds the first convolution and the shortcut. "stride": the first
-    convolution has stride 2, and the shortcut starts from every second pixel of every second row,
-    which for a 1x1 convolution is stride 2 and for an identity a subsampling without parameters.
-    """
+    """Two 3x3 convolutions and a shortcut. "maxpool": the pooled input feeds the first convolution
+    and the shortcut. "stride": the first convolution has stride 2, and the shortcut starts from
+    every second pixel of every second row."""
     expansion = 1
 
     def __init__(self, c_in: int, channels: int, supernet: bool):
@@ -1086,8 +1067,8 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut, 4 times as many channels at its ends; as
-    BasicBlock otherwise, the stride on the 3x3 convolution."""
+    """1x1, 3x3 and 1x1 convolutions and a shortcut, 4 times as many channels at its end; otherwise
+    as BasicBlock, the stride on the 3x3 convolution."""
     expansion = 4
 
     def __init__(self, c_in: int, channels: int, supernet: bool):
@@ -1121,13 +1102,11 @@ class AsOneLayer(nn.ModuleList):
 
 
 class Network(nn.Module):
-    """A network whose pooling is an argument of the call: any call may take any configuration,
-    nothing is rebuilt and no state is kept. What makes it searchable:
+    """A network whose pooling is an argument of the call. What makes it searchable:
 
     layers: modules, layer(x, downsample) with "none" or `self.downsample`, the first always "none";
     head(x): logits of the last layer's output; default_config: whose sum is the number of layers,
-    and what a call without a configuration takes. In a supernet BatchNorm has no running statistics
-    (`batch_norm`).
+    and what a call without a configuration takes; in a supernet, `batch_norm`.
     """
     layers: nn.ModuleList
     default_config: Config
@@ -1157,9 +1136,8 @@ RESNETS = {  # block; channels of the stem and the blocks; default; whether the 
 
 
 class ResNet(Network):
-    """ResNet-20 (10 layers: the stem and 9 blocks), ResNet-18 (9: the stem and 8 blocks) or
-    ResNet-50 (16 blocks; the stem belongs to the first). Channels never move with the pooling
-    (paper, section 3). downsample: "maxpool" or "stride"; None: as --downsample says."""
+    """ResNet-20 (10 layers: the stem and 9 blocks), ResNet-18 (9) or ResNet-50 (16, the stem in the
+    first block). Channels never move with the pooling (paper, section 3)."""
 
     def __init__(self, arch: str, num_classes: int, supernet: bool = False, width: float = 1.0,
                  downsample: str | None = None, image_size: int = 32):
@@ -1190,7 +1168,7 @@ ARCHS = {name: partial(ResNet, name) for name in RESNETS}
 def make_network(args: argparse.Namespace, images: Images, supernet: bool, seed: int = 0,
                  device: str | None = None) -> Network:
     """The network of --arch for these images, on --device in channels_last; seed: of its initial
-    weights, `stream_seed(..., "weights", ...)`."""
+    weights."""
     with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
         torch.manual_seed(seed)
         network = ARCHS[args.arch](len(images.classes), supernet=supernet, width=args.width,
@@ -1204,12 +1182,11 @@ def load_network(path: str) -> tuple[Network, dict]:
     downsample, config, epochs, image_size, classes (their names), mean and std of the pixels."""
     saved = load(Path(path))
     if not isinstance(saved, dict) or "about" not in saved:
-        raise UserError(f"{path} is no networks/<config>-<seed>.pt of train_exhaustive.py or "
-                        "retrain.py")
+        raise UserError(f"{path} is no networks/<config>-<seed>.pt of stage 1 or 3")
     about = saved["about"]
-    if len(saved["history"]) < about["epochs"]:
-        print(f"warning: {path} has learned {len(saved['history'])} of {about['epochs']} epochs",
-              file=sys.stderr)
+    epochs = len(saved["history"])
+    if epochs < about["epochs"]:
+        print(f"warning: {path} has learned {epochs} of {about['epochs']} epochs", file=sys.stderr)
     if about["arch"] not in ARCHS:
         raise UserError(f"{path}: add its --arch {about['arch']} to common.ARCHS first")
     network = ARCHS[about["arch"]](len(about["classes"]), width=about["width"],
@@ -1220,9 +1197,9 @@ def load_network(path: str) -> tuple[Network, dict]:
 
 
 def load_picture(path: str, about: dict) -> torch.Tensor:
-    """An image file as a network has learned to see it, float32 (1,3,H,H); about: what
-    `load_network` says of it."""
-    pixels = torch.tensor(square(open_image(path), about["image_size"]))[None]
+    """An image file as a network has learned to see it, float32 (1,3,H,H); about: `load_network`'s.
+    """
+    pixels = torch.tensor(square(path, about["image_size"]))[None]
     return normalise(pixels, torch.tensor(about["mean"]), torch.tensor(about["std"]))
 
 
@@ -1253,12 +1230,9 @@ def evaluate_configs(network: Network, configs: list[Config],
                      batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
                      amp: str = "off", metric: str = "accuracy") -> torch.Tensor:
     """The accuracy of each configuration over all (images, labels) batches: float64 (C,); metric:
-    of all images, or "balanced", the mean of the classes' accuracies.
-
-    Up to their first different pooling, configurations have the same activations, so they are
-    walked as a tree of shared prefixes: 2.03x fewer multiply-adds for the 36 of ResNet-20. Exact:
-    every layer sees the very inputs it would see in a pass of its own, batch statistics included.
-    """
+    of all images, or "balanced", the mean of the classes' accuracies. Up to their first different
+    pooling configurations have the same activations, so they are walked as a tree of prefixes:
+    2.03x fewer multiply-adds for the 36 of ResNet-20, and exact, batch statistics included."""
     modes = [network.downsampling(config) for config in configs]
 
     def walk(x: torch.Tensor, depth: int, members: list[int]) -> None:
@@ -1318,7 +1292,8 @@ class Learner:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return torch.stack([loss.detach().double(), accuracy(logits, labels)])
+        hits = (logits.argmax(1) == labels).double()
+        return torch.stack([loss.detach().double(), hits.mean()])
 
     def loss(self, images: torch.Tensor, labels: torch.Tensor,
              config: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1331,7 +1306,8 @@ class Learner:
     def check(self, images: torch.Tensor, labels: torch.Tensor, config: Config) -> torch.Tensor:
         """Accuracy of the batch without learning, float64 (), left on the device."""
         with autocast(images.device, self.amp):
-            return accuracy(self.network(images, config), labels)
+            logits = self.network(images, config)
+        return (logits.argmax(1) == labels).double().mean()
 
     def state_dict(self) -> dict:
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
@@ -1343,22 +1319,9 @@ class Learner:
         self.scaler.load_state_dict(state["scaler"])
 
 
-def cpu_weights(network: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict of a network, to be saved for any machine."""
-    return {name: value.cpu() for name, value in network.state_dict().items()}
-
-
-def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The share of rows whose largest logit is the label's, float64 ()."""
-    return (logits.argmax(1) == labels).double().mean()
-
-
 def read_steps(steps: list[tuple[str, torch.Tensor]], network: nn.Module) -> torch.Tensor:
-    """What an epoch's steps left on the device, as rows on the CPU: float64 (steps, numbers).
-
-    steps: (where, numbers). TrainingError naming the first step whose numbers are not finite, or
-    the last one if the network's weights are not.
-    """
+    """What an epoch's steps, (where, numbers), left on the device: float64 (steps, numbers).
+    TrainingError naming the first whose numbers are not finite, or the last if a weight is not."""
     if not steps:  # of a supernet that was never drawn
         return torch.zeros(0, 3, dtype=torch.float64)
     advice = "the checkpoint of the last epoch is kept; a smaller learning rate usually helps"
@@ -1378,12 +1341,9 @@ def cosine(first: float, last: float, epoch: int, epochs: int) -> float:
 
 def train_alone(path: Path, args: argparse.Namespace, train: Images, test: Images, config: Config,
                 seed: int, bar: tqdm) -> None:
-    """Stages 1 and 3: train a network of its own, from scratch or from where it was interrupted.
-
-    Protocol (paper): SGD, learning rate x0.1 at 40, 60, 80 and 90 % of the epochs, the accuracy of
-    the last epoch on the test images. Writes `path`, *.pt, the checkpoint, which `load_network`
-    reads, and, when it is finished, *.json: config, seed, test_accuracy, history (of its epochs).
-    """
+    """Stages 1 and 3: train a network of its own, from scratch or from where it was interrupted, as
+    the paper does. Writes `path`, *.pt, the checkpoint, which `load_network` reads, and, when it is
+    finished, *.json: config, seed, test_accuracy, history (of its epochs)."""
     name = config_name(config)
     steps = train.num_batches(args.batch_size)
     learner = Learner(make_network(args, train, False, stream_seed(seed, "weights")), args)
@@ -1422,16 +1382,15 @@ def train_alone(path: Path, args: argparse.Namespace, train: Images, test: Image
         show_epoch(bar, history, args.epochs, f"{name} seed {seed}  ")
 
     batches = test.evaluation_batches(args.batch_size)
-    accuracies = evaluate_configs(learner.network.eval(), [config], batches, args.amp,
-                                  args.metric)
-    save(path.with_suffix(".json"), {"config": name, "seed": seed,
-                                     "test_accuracy": accuracies.item(), "history": history})
+    result = evaluate_configs(learner.network.eval(), [config], batches, args.amp, args.metric)
+    save(path.with_suffix(".json"), {"config": name, "seed": seed, "test_accuracy": result.item(),
+                                     "history": history})
 
 
 def train_pairs(folder: Path, args: argparse.Namespace, train: Images, test: Images,
                 pairs: list[tuple[Config, int]]) -> None:
-    """Stages 1 and 3: train this rank's (configuration, seed) pairs, but for the finished ones.
-    Rank 0 writes results.csv. Returns when all ranks are done."""
+    """Stages 1 and 3: train this rank's (configuration, seed) pairs, but for the finished ones, and
+    wait for the other ranks."""
     networks = folder / "networks"
     networks.mkdir(exist_ok=True)
     steps = args.epochs * train.num_batches(args.batch_size)
@@ -1452,8 +1411,8 @@ def train_pairs(folder: Path, args: argparse.Namespace, train: Images, test: Ima
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of `path` when the block ends without an error, so
-    that no reader, no kill and no power cut ever meets half a file. One writer at a time."""
+    """A temporary path that takes the place of `path` when the block ends without an error: nobody
+    ever meets half a file. One writer at a time."""
     temporary = path.with_name(f"tmp-{path.name}")
     try:
         yield temporary
@@ -1467,8 +1426,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def lock(path: Path, wait: bool = True):
-    """The file `path`, open and locked until it is closed: by the system, if its process dies.
-    BlockingIOError without `wait` if another one has it."""
+    """The file `path`, open and locked until it is closed, or its process dies. BlockingIOError
+    without `wait` if another one has it."""
     file = open(path, "a")
     try:
         import fcntl
@@ -1496,12 +1455,11 @@ def load(path: Path) -> dict | list:
         if path.suffix == ".json":
             return dict(json.loads(path.read_text()))
         return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    except (RuntimeError, ValueError, TypeError, LookupError, EOFError, AttributeError,
-            pickle.UnpicklingError) as error:  # what torch.load has been seen to raise
-        raise UserError(f"{path} is damaged or foreign ({str(error)[:80]}): move it away, and the "
-                        "command that wrote it goes on without it") from error
+    except Exception as error:  # torch.load raises many kinds
+        raise UserError(f"{path} is damaged or foreign ({str(error)[:80]}): move it away, to go on "
+                        "without it") from error
 
 
 def write_log(folder: Path, log: list[dict]) -> None:
@@ -1523,17 +1481,16 @@ def show_epoch(bar: tqdm, log: list[dict], epochs: int, label: str = "") -> None
 # settings that change no result, or only extend it
 NOT_COMPARED = {"out", "dataset", "data_dir", "cache_dir", "device", "threads", "ground_truth",
                 "rank_every", "config", "seeds", "source", "top"}
-held = weakref.WeakValueDictionary()  # this process's run folders: a notebook's stopped cell keeps
-# its own, and may be run again
+# the locks of this process: a notebook's stopped cell keeps its own, and may be run again
+held = weakref.WeakValueDictionary()
 
 
 class Run:
-    """A run folder: `folder`, and `record`, what result.json needs to be redone.
+    """A run folder, `folder`, and `record`, what result.json needs to be redone.
 
-    Opened again with the same settings it continues, with the kernels that it began with;
-    UserError, naming the differences, if they differ. What does not change a result, or only
-    extends it, may differ; extensible: and these settings. The folder belongs to one process (or
-    job of ranks) as long as that lives.
+    Opened again with the same settings it continues. UserError naming those that differ, but for
+    those that change no result or only extend it, and the `extensible`. The folder belongs to one
+    process (or job of ranks) as long as that lives.
     """
 
     def __init__(self, stage: str, args: argparse.Namespace, data: tuple[Images, Images],
@@ -1542,25 +1499,12 @@ class Run:
         self.folder = Path(args.out or f"runs/{stage}-{name}")
         settings = {"stage": stage, "data": fingerprint(data)}
         config = self.folder / "config.json"
-        asked = args.kernel
+        before = {}
         if config.exists():
             before = load(config).get("settings", {})
-            if asked == "auto":
-                args.kernel = before.get("kernel", "auto")
-            refuse_other_settings(before, settings | vars(args), NOT_COMPARED | extensible,
-                                  self.folder)
-        if args.kernel == "auto":
-            choice = [measure_kernels(args, space, data[0]) if rank == 0 else ""]
-            if world > 1:
-                dist.broadcast_object_list(choice)
-            args.kernel, = choice
-        try:
-            use_kernel(args.kernel)
-        except UserError as error:
-            if asked == "fused":
-                raise
-            print(f"warning: {error}; goes on with native ops, to other bits", file=sys.stderr)
-            args.kernel = "native"
+            ignored = NOT_COMPARED | extensible | ({"kernel"} if args.kernel == "auto" else set())
+            refuse_other_settings(before, settings | vars(args), ignored, self.folder)
+        choose_kernel(args, before.get("kernel"), space, data[0])
         settings |= vars(args)
         for path in ("dataset", "data_dir", "cache_dir"):  # for retrain.py, wherever it is started
             if settings[path] not in (None, *DATASET_PROTOCOLS):
@@ -1583,11 +1527,9 @@ class Run:
 
 def refuse_other_settings(before: dict, settings: dict, ignored: set[str], folder: Path) -> None:
     """UserError if a folder's run had other settings, but for the `ignored`."""
-    differing = []
-    for name in sorted((before.keys() | settings.keys()) - ignored):
-        if before.get(name) != settings.get(name):
-            was, now = str(before.get(name)), str(settings.get(name))
-            differing.append(f"{name} {was[:20]} there, {now[:20]} now")
+    differing = [f"{name} {str(before.get(name))[:20]} there, {str(settings.get(name))[:20]} now"
+                 for name in sorted((before.keys() | settings.keys()) - ignored)
+                 if before.get(name) != settings.get(name)]
     if differing:
         raise UserError(f"{folder} holds a run with other settings ({'; '.join(differing)}): "
                         "choose another --out, or delete it")
@@ -1611,10 +1553,10 @@ def environment(args: argparse.Namespace) -> dict:
     device = torch.backends.cpu.get_cpu_capability()
     if torch.device(args.device).type == "cuda":
         device = torch.cuda.get_device_name(args.device)
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "numpy": np.__version__}
     return {"command": shlex.join(sys.argv), "ranks": world, "git": git or None,
-            "device_name": device, "versions": {
-                "python": platform.python_version(), "torch": torch.__version__,
-                "numpy": np.__version__}}
+            "device_name": device, "versions": versions}
 
 
 # ------------------------------------------------------------------------ reports and plots
@@ -1650,8 +1592,7 @@ def spread(values: list[float]) -> float:
 
 
 def read_ground_truth(path: str | None, configs: list[Config]) -> dict[Config, float] | None:
-    """Mean test accuracy of each configuration in stage 1's results.csv; None without a path.
-    UserError if it is no such table, or lacks one of `configs`."""
+    """Mean test accuracy of each configuration in stage 1's results.csv; None without a path."""
     if path is None:
         return None
     try:
@@ -1659,7 +1600,7 @@ def read_ground_truth(path: str | None, configs: list[Config]) -> dict[Config, f
             accuracies = by_config(list(csv.DictReader(file)))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    except (UserError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except Exception as error:  # what it holds may be anything
         raise UserError(f"{path} is no table with the columns config, test_accuracy "
                         f"({type(error).__name__}: {error})") from error
     missing = [config_name(config) for config in configs if config not in accuracies]
@@ -1687,7 +1628,7 @@ def rank_metrics(accuracies: dict[Config, float],
 
 def mean_tau(rankings: list[dict]) -> float | None:
     """Kendall tau of two rankings (accuracies by configuration) over what both have, mean over all
-    pairs: how much one of them tells about another. None without a pair."""
+    pairs; None without one."""
     taus = []
     for first, second in itertools.combinations(rankings, 2):
         both = {config: first[config] for config in first if config in second}
@@ -1700,10 +1641,7 @@ def mean_tau(rankings: list[dict]) -> float | None:
 def save_ranking(run: Run, space: Space, accuracies: torch.Tensor, owners: list[int],
                  steps: torch.Tensor, validation: Images) -> None:
     """result.json: the ranking, best first (ties keep the paper's order), and the picks.
-
-    accuracies: float64 (C,); owners: the supernet of each; steps: int64 (C,M), of training, by
-    configuration and supernet.
-    """
+    accuracies: float64 (C,); owners: the supernet of each; steps: int64 (C,M), of training."""
     ranking = []
     for i in accuracies.argsort(descending=True, stable=True).tolist():
         config = space.configs[i]
@@ -1721,7 +1659,7 @@ def save_ranking(run: Run, space: Space, accuracies: torch.Tensor, owners: list[
 
 
 def report_search(run: Run, truth: dict[Config, float] | None) -> None:
-    """Print the best ten, the default and the worst, draw ranking.png, say what comes next."""
+    """Print the best ten, the default and the worst; draw ranking.png; say what comes next."""
     if rank > 0:
         return
     result = load(run.folder / "result.json")
@@ -1759,12 +1697,10 @@ def report_search(run: Run, truth: dict[Config, float] | None) -> None:
               "nothing")
     print(f"pick: {result['pick']}; that costs no more than the default: "
           f"{result['pick_at_no_cost'] or 'none'}   (all of it in {run.folder}/)")
-    script = Path(__file__).with_name("retrain.py")
-    if script.parent == Path.cwd():
-        script = Path("retrain.py")
+    script = str(Path(__file__).with_name("retrain.py"))
     if result["settings"]["arch"] not in RESNETS:  # known only to the script that adds it
-        script = Path(sys.argv[0])
-    print("next:", shlex.join(["python", str(script), "--from", str(run.folder)]))
+        script = sys.argv[0]
+    print("next:", shlex.join(["python", script, "--from", str(run.folder)]))
 
 
 def save_figure(figure, path: Path) -> None:
@@ -1776,55 +1712,46 @@ def save_figure(figure, path: Path) -> None:
 def plot_results(path: Path, accuracies: dict[Config, list[float]], label: str,
                  costs: dict[Config, float], default: Config,
                  truth: dict[Config, float] | None = None) -> None:
-    """Accuracies (one or more a configuration: seeds) as a ranking, over the cost and, with a
-    ground truth, as a scatter plot against it (paper, figure 3)."""
+    """Accuracies (one or more a configuration: seeds) as a ranking, of many the best 40 and the
+    default, over the cost and, with a ground truth, over that (paper, figure 3)."""
     from matplotlib.figure import Figure
-    panels = 2 + (truth is not None)
+    panels = 2 if truth is None else 3
     axes = Figure(figsize=(6 * panels, 7), layout="constrained").subplots(1, panels)
     means = {config: mean(values) for config, values in accuracies.items()}
-    plot_ranking(axes[0], accuracies, means, default)
-    axes[0].set(xlabel=f"{label}\n(bars: seeds; orange: the default)")
-    plot_costs(axes[1], means, costs, default)
-    if truth:
-        plot_against_truth(axes[2], means, truth)
-    save_figure(axes[0].figure, path)
 
-
-def plot_ranking(axes, accuracies: dict[Config, list[float]], means: dict[Config, float],
-                 default: Config) -> None:
-    """A row a configuration, the best on top; of many the best 40 and the default."""
     order = sorted(means, key=means.get, reverse=True)
     shown = [config for i, config in enumerate(order) if i < 40 or config == default]
-    for row, config in enumerate(shown):
-        color = "tab:orange" if config == default else "tab:blue"
-        axes.plot(means[config], row, "o", color=color)
-        axes.plot(accuracies[config], [row] * len(accuracies[config]), "|", color=color)
-    axes.set_yticks(range(len(shown)), map(config_name, shown), fontsize=7)
-    axes.invert_yaxis()
-    axes.grid(alpha=0.3)
+    rows = {config: row for row, config in enumerate(shown)}
+    for config, row in rows.items():
+        axes[0].plot(accuracies[config], [row] * len(accuracies[config]), "|", color="tab:gray")
+    plot_dots(axes[0], means, rows, default)
+    axes[0].set_yticks(range(len(shown)), map(config_name, shown), fontsize=7)
+    axes[0].invert_yaxis()
+    axes[0].set(xlabel=f"{label}\n(bars: seeds; orange: the default)")
 
-
-def plot_costs(axes, means: dict[Config, float], costs: dict[Config, float],
-               default: Config) -> None:
-    """A dot a configuration; on the Pareto front are those that nothing cheaper equals."""
-    front = []
+    front = []  # those that nothing cheaper equals
     for config in sorted(means, key=lambda config: (costs[config], -means[config])):
         if not front or means[config] > means[front[-1]]:
             front.append(config)
-    axes.plot([costs[config] for config in means], list(means.values()), "o", color="tab:blue")
-    axes.step([costs[config] for config in front], [means[config] for config in front],
-              color="tab:gray", where="post", label="Pareto front")
-    for config in {*front, default} & means.keys():
-        axes.annotate(config_name(config), (costs[config], means[config]), fontsize=7)
-    if default in means:
-        axes.plot(costs[default], means[default], "o", color="tab:orange", label="default")
-    axes.set(xlabel="multiply-adds, relative to the default's")
-    axes.legend()
+    axes[1].step([costs[config] for config in front], [means[config] for config in front],
+                 color="tab:gray", where="post", label="Pareto front")
+    plot_dots(axes[1], costs, means, default, names={*front, default} & means.keys())
+    axes[1].set(xlabel="multiply-adds, relative to the default's")
+    axes[1].legend()
+
+    if truth:
+        plot_dots(axes[2], truth, means, default, names=means)
+        axes[2].set(xlabel="ground truth: test accuracy trained alone",
+                    ylabel="validation accuracy")
+    save_figure(axes[0].figure, path)
 
 
-def plot_against_truth(axes, means: dict[Config, float], truth: dict[Config, float]) -> None:
-    """A dot a configuration: what the search says over what training alone says."""
-    for config, value in means.items():
-        axes.plot(truth[config], value, "o", color="tab:blue")
-        axes.annotate(config_name(config), (truth[config], value), fontsize=6)
-    axes.set(xlabel="ground truth: test accuracy trained alone", ylabel="validation accuracy")
+def plot_dots(axes, x: dict[Config, float], y: dict[Config, float], default: Config,
+              names: Iterable[Config] = ()) -> None:
+    """A dot for each configuration of y, the default's orange, and the names of some."""
+    for config in y:
+        color = "tab:orange" if config == default else "tab:blue"
+        axes.plot(x[config], y[config], "o", color=color)
+    for config in names:
+        axes.annotate(config_name(config), (x[config], y[config]), fontsize=7)
+    axes.grid(alpha=0.3)

@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
 
     assignment = assign(merged, log[-1]["temperature"], draw, args)
     accuracies, owners = evaluate_owned(learners, assignment, configs, validation, args)
-    states = collect({m: common.cpu_weights(learner.network) for m, learner in learners.items()})
+    states = collect({m: learner.network.state_dict() for m, learner in learners.items()})
     if rank == 0:
         common.save(run.folder / "supernets.pt", [states[m] for m in range(count)])
         plot_assignment(run.folder / "assignment.png", log, configs)

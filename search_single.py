@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     bar.close()
 
     accuracies = evaluate()
-    common.save(run.folder / "supernets.pt", [common.cpu_weights(network)])
+    common.save(run.folder / "supernets.pt", [network.state_dict()])
     common.save_ranking(run, space, accuracies, [0] * len(accuracies), counts, validation)
     common.report_search(run, truth)
 
