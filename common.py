@@ -26,6 +26,7 @@ import threading
 import time
 import weakref
 import zipfile
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,9 +41,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 Config = tuple[int, ...]  # a pooling configuration: the number of layers at each resolution
+Batch = tuple[Tensor, Tensor]  # images and labels
+Arrays = dict[str, np.ndarray]  # a data set: {train,test}_images, {train,test}_labels, classes
 
 
 # --------------------------------------------------------------------- errors and arguments
@@ -185,7 +189,7 @@ def make_parser(description: str, search: bool) -> Parser:
     return parser
 
 
-def fill_defaults(args: argparse.Namespace, search: bool) -> argparse.Namespace:
+def fill_defaults(args: Namespace, search: bool) -> Namespace:
     """Give the protocol's value to every setting that was left open."""
     for name, value in protocol(args.dataset, args.arch).items():
         if name in args and getattr(args, name) is None:
@@ -282,11 +286,11 @@ class Images:
     classes: their names; flip, crop: whether training batches may be mirrored, and how they are
     cropped, one of CROPS; device: where batches are made.
     """
-    images: torch.Tensor
-    labels: torch.Tensor
-    rows: torch.Tensor
-    mean: torch.Tensor
-    std: torch.Tensor
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+    mean: Tensor
+    std: Tensor
     classes: list[str]
     flip: bool
     crop: str
@@ -299,16 +303,13 @@ class Images:
     def size(self) -> int:
         return self.images.shape[1]
 
-    def subset(self, index: np.ndarray | torch.Tensor) -> Images:
+    def subset(self, index: np.ndarray | Tensor) -> Images:
         """Those at these places of this set, int64 (n,)."""
         return replace(self, rows=self.rows[torch.as_tensor(index, device=self.rows.device)])
 
-    def batch(self, index: torch.Tensor,
-              crops: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised images, float32 (B,3,H,H) in channels_last memory, and labels, int64 (B,).
-
-        index: int64 (B,); crops: for augmented images, what CROPS drew for them.
-        """
+    def batch(self, index: Tensor, crops: Tensor | None = None) -> Batch:
+        """Normalised images, float32 (B,3,H,H) in channels_last memory, and labels, int64 (B,). index:
+        int64 (B,); crops: for augmented images, what CROPS drew for them."""
         rows = self.rows[index]
         images = self.images[rows].to(self.device, non_blocking=True)
         labels = self.labels[rows].to(self.device, non_blocking=True)
@@ -322,7 +323,7 @@ class Images:
         return max(min(math.ceil(len(self) / batch_size), len(self) // 2), 1)
 
     def passes(self, batch_size: int, order: torch.Generator,
-               crops: torch.Generator | None = None) -> Iterator:
+               crops: torch.Generator | None = None) -> Iterator[Batch]:
         """Batches without end: pass after pass over all images, each in a new random `order`,
         augmented if there is a stream for the `crops`. Randomness is moved to the device once a
         pass, so that no batch makes the CPU wait for it."""
@@ -336,7 +337,7 @@ class Images:
                 drawn = CROPS[self.crop][0](len(self), self.size, self.flip, crops)
                 yield from map(self.batch, index, drawn.to(self.device).tensor_split(count))
 
-    def evaluation_batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
         """Batches that cover every image once, always the same: shuffled and of near-equal size,
         since supernets normalise with the statistics of the batch."""
         batches = self.passes(batch_size, stream(0, "evaluation"))
@@ -344,7 +345,7 @@ class Images:
             yield next(batches)
 
 
-def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Pixels 0..255, (B,H,H,3) -> float32 (B,3,H,H) in channels_last memory; mean, std: (3,)."""
     size = images.shape[1]
     # whole rows at once: with an innermost dimension of 3, torch is 6 times slower
@@ -352,14 +353,14 @@ def normalise(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> to
     return rows.view(images.shape).permute(0, 3, 1, 2)
 
 
-def draw_pad_crops(count: int, size: int, flip: bool, rng: torch.Generator) -> torch.Tensor:
+def draw_pad_crops(count: int, size: int, flip: bool, rng: torch.Generator) -> Tensor:
     """For `pad_crop`, from a border of H/8 zeros (4 at 32x32, as in the paper)."""
     flips = torch.rand(count, 1, generator=rng) < (0.5 if flip else 0.0)
     places = torch.randint(0, 2 * (size // 8) + 1, (count, 2), generator=rng)
     return torch.cat([places, flips], 1)
 
 
-def pad_crop(images: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
+def pad_crop(images: Tensor, crops: Tensor) -> Tensor:
     """Crop each image at its own place from a border of H/8 zeros, then mirror some. images: uint8
     (B,H,H,3); crops: int64 (B,3): top and left in 0..2*(H/8), flip."""
     count, size, _, _ = images.shape
@@ -375,7 +376,7 @@ def pad_crop(images: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
     return padded.view(-1, 3)[pixels.flatten()].view(images.shape)  # 1.6x of three indices
 
 
-def draw_resized_crops(count: int, size: int, flip: bool, rng: torch.Generator) -> torch.Tensor:
+def draw_resized_crops(count: int, size: int, flip: bool, rng: torch.Generator) -> Tensor:
     """For `resized_crop`, with torchvision's ranges: 8 to 100 % of the area, 3:4 to 4:3."""
     flips = torch.rand(count, 1, generator=rng) < (0.5 if flip else 0.0)
     area, ratio, *places = torch.rand(4, count, generator=rng)
@@ -385,7 +386,7 @@ def draw_resized_crops(count: int, size: int, flip: bool, rng: torch.Generator) 
     return torch.cat([torch.stack(places, 1) * (1 - sides), sides, flips], 1)
 
 
-def resized_crop(images: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
+def resized_crop(images: Tensor, crops: Tensor) -> Tensor:
     """Cut a box out of each image, resize it bilinearly to the image's size, mirror some. images:
     uint8 (B,H,H,3), to float32; crops: float32 (B,5): top, left, height, width in 0..1, flip."""
     top, left, height, width, flip = crops.unbind(1)
@@ -401,14 +402,14 @@ def resized_crop(images: torch.Tensor, crops: torch.Tensor) -> torch.Tensor:
 CROPS = {"pad": (draw_pad_crops, pad_crop), "resized": (draw_resized_crops, resized_crop)}
 
 
-def load_dataset(args: argparse.Namespace) -> tuple[Images, Images]:
+def load_dataset(args: Namespace) -> tuple[Images, Images]:
     """(train, test) of --dataset on --device, cut to --num-train, resampled to --image-size."""
     arrays = read_digits() if args.dataset == "digits" else read_arrays(args)
     arrays = choose_images(arrays, args)
     return make_images(arrays, protocol(args.dataset, args.arch), args.device)
 
 
-def read_arrays(args: argparse.Namespace) -> dict[str, np.ndarray]:
+def read_arrays(args: Namespace) -> Arrays:
     """The images of --dataset, from its cache or to be cached: train_images, uint8 (N,H,H,3),
     train_labels, int64 (N,), classes, their names, and maybe test_images and test_labels."""
     name = args.dataset
@@ -465,7 +466,7 @@ def cache_name(path: Path, content: Sequence, size: int | None) -> str:
     return f"{path.resolve().name[:80]}-{digest[:8]}-{size}"
 
 
-def read_digits() -> dict[str, np.ndarray]:
+def read_digits() -> Arrays:
     """scikit-learn's 1,797 handwritten digits (8x8, greys 0..16) as 32x32 RGB, split 80:20."""
     from sklearn.datasets import load_digits
     grey, labels = load_digits(return_X_y=True)
@@ -516,7 +517,7 @@ def open_npz(path: Path) -> Parts:
     return parts, list(map(str, classes))
 
 
-def check_arrays(arrays: dict[str, np.ndarray]) -> np.ndarray:
+def check_arrays(arrays: Arrays) -> np.ndarray:
     """The training labels that occur, sorted. ValueError unless train_images and, if they are
     there, test_images are uint8 (N,H,W), (N,H,W,1) or (N,H,W,3) and their labels are integers,
     (N,) or (N,1), those of the test images among the others."""
@@ -528,8 +529,7 @@ def check_arrays(arrays: dict[str, np.ndarray]) -> np.ndarray:
             raise ValueError(f"{part}_images: {images.dtype} {images.shape}, not uint8 (N,H,W), "
                              "(N,H,W,1) or (N,H,W,3)")
         if labels.dtype.kind not in "iu" or labels.size != len(images):
-            raise ValueError(f"{part}_labels: {labels.dtype} {labels.shape}, not one integer for "
-                             "each image")
+            raise ValueError(f"{part}_labels: {labels.dtype} {labels.shape}, not one integer each")
         if not np.isin(labels, classes).all():
             raise ValueError(f"{part}_labels: one is no training image's")
     return classes
@@ -562,8 +562,8 @@ def list_images(root: Path) -> list[tuple]:
     parts = {"train": train, "test": test or val} if train else {"train": [root]}
     for part, bases in parts.items():
         if len(bases) > 1:
-            raise UserError(f"{root}: which are the {part} images, {bases[0].name}/ or "
-                            f"{bases[1].name}/?")
+            names = " or ".join(base.name for base in bases)
+            raise UserError(f"{root}: which are the {part} images, {names}?")
         for label in list_folders(bases[0]) if bases else ():
             before = len(listing)
             for path in list_files(label):
@@ -575,8 +575,8 @@ def list_images(root: Path) -> list[tuple]:
                     left_out["that lead to no file"] += 1
                 else:
                     state = path.stat()
-                    listing.append((part, label.name, str(path.relative_to(root)), state.st_size,
-                                    state.st_mtime_ns))
+                    name = str(path.relative_to(root))
+                    listing.append((part, label.name, name, state.st_size, state.st_mtime_ns))
             if len(listing) == before:
                 left_out[f"{label.relative_to(root)}/ without an image"] += 1
     for folder in list_folders(root) if train else ():
@@ -643,8 +643,7 @@ def square(image, size: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BOX))
 
 
-def write_cache(cache: Path, parts: dict[str, Sequence], classes: list[str],
-                size: int | None) -> None:
+def write_cache(cache: Path, parts: dict, classes: list[str], size: int | None) -> None:
     """The folder `cache`, of *.npy, which appears when it is complete. size: None for that of the
     first image, an array. UserError naming images that cannot be read."""
     size = size or min(parts["train"][0][0].shape[:2])
@@ -676,18 +675,17 @@ def write_cache(cache: Path, parts: dict[str, Sequence], classes: list[str],
     if unreadable:
         shutil.rmtree(temporary)
         more = f"; and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
-        raise UserError(f"mend or remove what cannot be read: "
-                        f"{'; '.join(sorted(unreadable)[:20])}{more}")
+        names = "; ".join(sorted(unreadable)[:20])
+        raise UserError(f"mend or remove what cannot be read: {names}{more}")
     os.rename(temporary, cache)
 
 
-def read_cache(cache: Path) -> dict[str, np.ndarray]:
+def read_cache(cache: Path) -> Arrays:
     """The arrays of a cache, memory-mapped if they take more than 4 GiB."""
     arrays = {}
     try:
         for path in cache.glob("*.npy"):
-            # "c": what torch may write to, though nobody does, without changing the file
-            array = np.load(path, mmap_mode="c")
+            array = np.load(path, mmap_mode="c")  # torch warns of what is read-only
             arrays[path.stem] = array if array.nbytes > 2 ** 32 else np.array(array)
         classes = check_arrays(arrays)
         size = arrays["train_images"].shape[1]
@@ -704,7 +702,7 @@ def read_cache(cache: Path) -> dict[str, np.ndarray]:
         raise UserError(f"cannot read {cache}: {error}") from error
 
 
-def choose_images(arrays: dict[str, np.ndarray], args: argparse.Namespace) -> dict[str, np.ndarray]:
+def choose_images(arrays: Arrays, args: Namespace) -> Arrays:
     """The arrays with a test set, cut to --num-train, resampled to --image-size."""
     if args.test_fraction and "test_images" in arrays:
         raise UserError(f"--test-fraction: {args.dataset} has a test set of its own")
@@ -717,17 +715,17 @@ def choose_images(arrays: dict[str, np.ndarray], args: argparse.Namespace) -> di
     if (args.num_train or 0) > len(labels):
         raise UserError(f"--num-train {args.num_train}: there are {len(labels)} training images")
     if args.num_train not in (None, len(labels)):
-        chosen, _ = stratified_split(labels, args.num_train, stream_seed(args.seed, "subset"),
-                                     arrays["classes"])
-        arrays = arrays | {"train_images": arrays["train_images"][chosen],
-                           "train_labels": labels[chosen]}
+        seed = stream_seed(args.seed, "subset")
+        chosen, _ = stratified_split(labels, args.num_train, seed, arrays["classes"])
+        for name in ("train_images", "train_labels"):
+            arrays[name] = arrays[name][chosen]
     if args.image_size:
-        arrays = arrays | {name: resample(arrays[name], args.image_size)
-                           for name in ("train_images", "test_images")}
+        for name in ("train_images", "test_images"):
+            arrays[name] = resample(arrays[name], args.image_size)
     return arrays
 
 
-def split_test(arrays: dict[str, np.ndarray], fraction: float) -> dict[str, np.ndarray]:
+def split_test(arrays: Arrays, fraction: float) -> Arrays:
     """The arrays with a part of the training images as test images, the same for every --seed."""
     images = arrays["train_images"]
     labels = arrays["train_labels"]
@@ -748,8 +746,7 @@ def resample(images: np.ndarray, size: int) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
-def make_images(arrays: dict[str, np.ndarray], recipe: dict,
-                device: str) -> tuple[Images, Images]:
+def make_images(arrays: Arrays, recipe: dict, device: str) -> tuple[Images, Images]:
     """(train, test) of the arrays; recipe: its "flip" and "crop" say how to augment."""
     pixels = arrays["train_images"]
     pixels = pixels[::math.ceil(pixels.nbytes / 2 ** 30)]  # of a large set not all need be read
@@ -770,7 +767,7 @@ def make_images(arrays: dict[str, np.ndarray], recipe: dict,
     return tuple(sets)
 
 
-def describe(args: argparse.Namespace, first: Images, second: Images, folder: Path) -> str:
+def describe(args: Namespace, first: Images, second: Images, folder: Path) -> str:
     """What a stage prints as it begins: the network, the images of both sets, the machine."""
     classes = ", ".join(first.classes[:10]) + ", ..." * (len(first.classes) > 10)
     return (f"{args.arch} on {args.dataset}, {len(first)} + {len(second)} images "
@@ -796,7 +793,7 @@ def stratified_split(labels: np.ndarray, first: int, seed: int,
     return np.sort(parts[0]), np.sort(parts[1])
 
 
-def split_for_search(train: Images, args: argparse.Namespace) -> tuple[Images, Images]:
+def split_for_search(train: Images, args: Namespace) -> tuple[Images, Images]:
     """The part of the training images that trains weights and the one that validates."""
     labels = train.labels[train.rows].cpu().numpy()
     first, second = stratified_split(labels, round(args.split * len(train)),
@@ -847,7 +844,7 @@ class Space:
     macs: dict[Config, int]
 
 
-def search_space(args: argparse.Namespace, images: Images) -> Space:
+def search_space(args: Namespace, images: Images) -> Space:
     """The configurations of --arch, --num-resolutions, --configs. Where the network knows no
     default for so many resolutions, the default are blocks of near-equal length."""
     network = make_network(args, images, supernet=True, device="meta")
@@ -875,12 +872,9 @@ def search_space(args: argparse.Namespace, images: Images) -> Space:
     return Space(configs, default, macs)
 
 
-def draw_probabilities(configs: list[Config], draw: str, macs: dict[Config, int]) -> torch.Tensor:
-    """pi(c), how often --draw trains each configuration: float64 (C,), of sum 1.
-
-    "uniform": equally (paper, section 3); "cost": in proportion to its multiply-adds; "blocks": n1
-    uniformly among those that occur, then n2 among those that occur behind this n1, and so on.
-    """
+def draw_probabilities(configs: list[Config], draw: str, macs: dict[Config, int]) -> Tensor:
+    """pi(c), how often --draw trains each configuration: float64 (C,), of sum 1. "blocks": n1
+    uniformly among those that occur, then n2 among those that occur behind this n1, and so on."""
     weights = torch.ones(len(configs), dtype=torch.float64)
     for i, config in enumerate(configs):
         if draw == "cost":
@@ -892,7 +886,7 @@ def draw_probabilities(configs: list[Config], draw: str, macs: dict[Config, int]
     return weights / weights.sum()
 
 
-def draw_configs(probabilities: torch.Tensor, count: int, rng: torch.Generator) -> torch.Tensor:
+def draw_configs(probabilities: Tensor, count: int, rng: torch.Generator) -> Tensor:
     """`count` independent draws c ~ pi, int64 (count,)."""
     if (probabilities == probabilities[0]).all():  # other random numbers than multinomial's:
         return torch.randint(len(probabilities), (count,), generator=rng)  # those of results/
@@ -925,7 +919,7 @@ def use_kernel(kernel: str) -> None:
 AGREEMENT = {"off": (1e-4, 0.05), "fp16": (5e-3, 0.5), "bf16": (5e-2, 0.5)}
 
 
-def measure_kernels(args: argparse.Namespace, space: Space, images: Images) -> str:
+def measure_kernels(args: Namespace, space: Space, images: Images) -> str:
     """"fused" or "native", whichever is faster in training steps of this network with its default
     and its dearest configuration; with a warning "native" where fused kernels cannot be built or
     compute something else."""
@@ -966,8 +960,7 @@ def measure_kernels(args: argparse.Namespace, space: Space, images: Images) -> s
     return fastest
 
 
-def choose_kernel(args: argparse.Namespace, begun: str | None, space: Space,
-                  images: Images) -> None:
+def choose_kernel(args: Namespace, begun: str | None, space: Space, images: Images) -> None:
     """Make args.kernel "fused" or "native", and use it. "auto" is what a run has `begun` with, but
     for a warning where that cannot be built any more, or what rank 0 measures for all."""
     asked = args.kernel
@@ -993,7 +986,7 @@ def fused() -> bool:
     return kernels is not None and not exported
 
 
-def strided(conv: nn.Conv2d, x: torch.Tensor, downsample: str) -> torch.Tensor:
+def strided(conv: nn.Conv2d, x: Tensor, downsample: str) -> Tensor:
     """conv(x), with twice its stride in this call if `downsample` is "stride": whatever the module
     has become, it is called, so that hooks see it."""
     if fused():
@@ -1032,7 +1025,7 @@ class Stem(nn.Module):
         self.conv = nn.Conv2d(3, channels, size, stride, size // 2, bias=False)
         self.norm = batch_norm(channels, supernet)
 
-    def forward(self, x: torch.Tensor, downsample: str) -> torch.Tensor:
+    def forward(self, x: Tensor, downsample: str) -> Tensor:
         if fused() and not self.large:
             return kernels.stem(x, self.conv, self.norm)
         x = F.relu(self.norm(self.conv(x)))
@@ -1053,7 +1046,7 @@ class BasicBlock(nn.Module):
         self.norm2 = batch_norm(channels, supernet)
         self.shortcut = make_shortcut(c_in, channels, supernet)
 
-    def forward(self, x: torch.Tensor, downsample: str) -> torch.Tensor:
+    def forward(self, x: Tensor, downsample: str) -> Tensor:
         if fused():
             return kernels.basic_block(x, self.conv1, self.norm1, self.conv2, self.norm2,
                                        self.shortcut, downsample)
@@ -1081,7 +1074,7 @@ class Bottleneck(nn.Module):
         self.norm3 = batch_norm(4 * channels, supernet)
         self.shortcut = make_shortcut(c_in, 4 * channels, supernet)
 
-    def forward(self, x: torch.Tensor, downsample: str) -> torch.Tensor:
+    def forward(self, x: Tensor, downsample: str) -> Tensor:
         if downsample == "maxpool":
             x = F.max_pool2d(x, 2)
         y = F.relu(self.norm1(self.conv1(x)))
@@ -1095,7 +1088,7 @@ class Bottleneck(nn.Module):
 class AsOneLayer(nn.ModuleList):
     """Modules that count as the first layer, which never downsamples."""
 
-    def forward(self, x: torch.Tensor, downsample: str) -> torch.Tensor:
+    def forward(self, x: Tensor, downsample: str) -> Tensor:
         for module in self:
             x = module(x, downsample)
         return x
@@ -1119,7 +1112,7 @@ class Network(nn.Module):
             modes[layer] = self.downsample
         return modes
 
-    def forward(self, images: torch.Tensor, config: Config | None = None) -> torch.Tensor:
+    def forward(self, images: Tensor, config: Config | None = None) -> Tensor:
         """images: (N,3,H,W) -> logits (N,num_classes)."""
         x = images
         for layer, mode in zip(self.layers, self.downsampling(config or self.default_config)):
@@ -1157,7 +1150,7 @@ class ResNet(Network):
         self.layers = nn.ModuleList(layers)
         self.classifier = nn.Linear(c_in, num_classes)
 
-    def head(self, x: torch.Tensor) -> torch.Tensor:
+    def head(self, x: Tensor) -> Tensor:
         return self.classifier(x.mean((2, 3)))
 
 
@@ -1165,10 +1158,9 @@ class ResNet(Network):
 ARCHS = {name: partial(ResNet, name) for name in RESNETS}
 
 
-def make_network(args: argparse.Namespace, images: Images, supernet: bool, seed: int = 0,
+def make_network(args: Namespace, images: Images, supernet: bool, seed: int = 0,
                  device: str | None = None) -> Network:
-    """The network of --arch for these images, on --device in channels_last; seed: of its initial
-    weights."""
+    """The network of --arch for these images, in channels_last; seed: of its initial weights."""
     with torch.random.fork_rng(devices=[]), torch.device(device or "cpu"):
         torch.manual_seed(seed)
         network = ARCHS[args.arch](len(images.classes), supernet=supernet, width=args.width,
@@ -1196,9 +1188,8 @@ def load_network(path: str) -> tuple[Network, dict]:
     return network.eval(), about
 
 
-def load_picture(path: str, about: dict) -> torch.Tensor:
-    """An image file as a network has learned to see it, float32 (1,3,H,H); about: `load_network`'s.
-    """
+def load_picture(path: str, about: dict) -> Tensor:
+    """An image file as the network of `load_network` sees it, float32 (1,3,H,H)."""
     pixels = torch.tensor(square(path, about["image_size"]))[None]
     return normalise(pixels, torch.tensor(about["mean"]), torch.tensor(about["std"]))
 
@@ -1226,16 +1217,15 @@ def count_macs(network: Network, configs: list[Config], image_size: int) -> dict
 
 
 @torch.inference_mode()
-def evaluate_configs(network: Network, configs: list[Config],
-                     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
-                     amp: str = "off", metric: str = "accuracy") -> torch.Tensor:
+def evaluate_configs(network: Network, configs: list[Config], batches: Iterable[Batch],
+                     amp: str = "off", metric: str = "accuracy") -> Tensor:
     """The accuracy of each configuration over all (images, labels) batches: float64 (C,); metric:
     of all images, or "balanced", the mean of the classes' accuracies. Up to their first different
     pooling configurations have the same activations, so they are walked as a tree of prefixes:
     2.03x fewer multiply-adds for the 36 of ResNet-20, and exact, batch statistics included."""
     modes = [network.downsampling(config) for config in configs]
 
-    def walk(x: torch.Tensor, depth: int, members: list[int]) -> None:
+    def walk(x: Tensor, depth: int, members: list[int]) -> None:
         if depth == len(network.layers):
             logits = network.head(x)
             by_class = torch.zeros(2, logits.shape[1], dtype=torch.int64, device=x.device)
@@ -1270,7 +1260,7 @@ def autocast(device: torch.device | str, amp: str) -> contextlib.AbstractContext
 class Learner:
     """A network that learns: with its SGD and, for --amp fp16, its gradient scaler."""
 
-    def __init__(self, network: nn.Module, args: argparse.Namespace):
+    def __init__(self, network: nn.Module, args: Namespace):
         scaled = args.amp == "fp16"
         self.network = network
         self.amp = args.amp
@@ -1283,8 +1273,7 @@ class Learner:
                 state = self.optimizer.state[parameter]
                 state["momentum_buffer"] = torch.zeros_like(parameter)
 
-    def step(self, images: torch.Tensor, labels: torch.Tensor, config: Config,
-             lr: float) -> torch.Tensor:
+    def step(self, images: Tensor, labels: Tensor, config: Config, lr: float) -> Tensor:
         """One SGD step; loss and accuracy of the batch, float64 (2,), left on the device."""
         self.optimizer.param_groups[0]["lr"] = lr
         logits, loss = self.loss(images, labels, config)
@@ -1295,15 +1284,14 @@ class Learner:
         hits = (logits.argmax(1) == labels).double()
         return torch.stack([loss.detach().double(), hits.mean()])
 
-    def loss(self, images: torch.Tensor, labels: torch.Tensor,
-             config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, images: Tensor, labels: Tensor, config: Config) -> tuple[Tensor, Tensor]:
         """Logits and their cross entropy."""
         with autocast(images.device, self.amp):
             logits = self.network(images, config)
             return logits, F.cross_entropy(logits, labels)
 
     @torch.inference_mode()
-    def check(self, images: torch.Tensor, labels: torch.Tensor, config: Config) -> torch.Tensor:
+    def check(self, images: Tensor, labels: Tensor, config: Config) -> Tensor:
         """Accuracy of the batch without learning, float64 (), left on the device."""
         with autocast(images.device, self.amp):
             logits = self.network(images, config)
@@ -1319,7 +1307,7 @@ class Learner:
         self.scaler.load_state_dict(state["scaler"])
 
 
-def read_steps(steps: list[tuple[str, torch.Tensor]], network: nn.Module) -> torch.Tensor:
+def read_steps(steps: list[tuple[str, Tensor]], network: nn.Module) -> Tensor:
     """What an epoch's steps, (where, numbers), left on the device: float64 (steps, numbers).
     TrainingError naming the first whose numbers are not finite, or the last if a weight is not."""
     if not steps:  # of a supernet that was never drawn
@@ -1339,7 +1327,7 @@ def cosine(first: float, last: float, epoch: int, epochs: int) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
-def train_alone(path: Path, args: argparse.Namespace, train: Images, test: Images, config: Config,
+def train_alone(path: Path, args: Namespace, train: Images, test: Images, config: Config,
                 seed: int, bar: tqdm) -> None:
     """Stages 1 and 3: train a network of its own, from scratch or from where it was interrupted, as
     the paper does. Writes `path`, *.pt, the checkpoint, which `load_network` reads, and, when it is
@@ -1387,7 +1375,7 @@ def train_alone(path: Path, args: argparse.Namespace, train: Images, test: Image
                                      "history": history})
 
 
-def train_pairs(folder: Path, args: argparse.Namespace, train: Images, test: Images,
+def train_pairs(folder: Path, args: Namespace, train: Images, test: Images,
                 pairs: list[tuple[Config, int]]) -> None:
     """Stages 1 and 3: train this rank's (configuration, seed) pairs, but for the finished ones, and
     wait for the other ranks."""
@@ -1493,7 +1481,7 @@ class Run:
     process (or job of ranks) as long as that lives.
     """
 
-    def __init__(self, stage: str, args: argparse.Namespace, data: tuple[Images, Images],
+    def __init__(self, stage: str, args: Namespace, data: tuple[Images, Images],
                  space: Space, extensible: set[str] = set()):
         name = Path(args.dataset).resolve().name.removesuffix(".npz")
         self.folder = Path(args.out or f"runs/{stage}-{name}")
@@ -1545,7 +1533,7 @@ def fingerprint(data: tuple[Images, Images]) -> str:
     return digest.hexdigest()
 
 
-def environment(args: argparse.Namespace) -> dict:
+def environment(args: Namespace) -> dict:
     """What a result may depend on besides the settings."""
     git = shutil.which("git") and subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
@@ -1622,8 +1610,8 @@ def rank_metrics(accuracies: dict[Config, float],
     if len(set(estimated)) > 1 and len(set(true)) > 1:
         metrics = {"kendall_tau": float(kendalltau(estimated, true).statistic),
                    "spearman_rho": float(spearmanr(estimated, true).statistic)}
-    return metrics | {"pick_rank": 1 + sum(value > pick for value in true),
-                      "regret": max(true) - pick}
+    place = 1 + sum(value > pick for value in true)
+    return metrics | {"pick_rank": place, "regret": max(true) - pick}
 
 
 def mean_tau(rankings: list[dict]) -> float | None:
@@ -1638,17 +1626,17 @@ def mean_tau(rankings: list[dict]) -> float | None:
     return mean(taus) if taus else None
 
 
-def save_ranking(run: Run, space: Space, accuracies: torch.Tensor, owners: list[int],
-                 steps: torch.Tensor, validation: Images) -> None:
+def save_ranking(run: Run, space: Space, accuracies: Tensor, owners: list[int],
+                 steps: Tensor, validation: Images) -> None:
     """result.json: the ranking, best first (ties keep the paper's order), and the picks.
     accuracies: float64 (C,); owners: the supernet of each; steps: int64 (C,M), of training."""
     ranking = []
     for i in accuracies.argsort(descending=True, stable=True).tolist():
         config = space.configs[i]
+        macs = space.macs[config]
         ranking.append({"config": config_name(config), "accuracy": accuracies[i].item(),
-                        "supernet": owners[i], "steps": steps[i].tolist(),
-                        "macs": space.macs[config],
-                        "cost": space.macs[config] / space.macs[space.default]})
+                        "supernet": owners[i], "steps": steps[i].tolist(), "macs": macs,
+                        "cost": macs / space.macs[space.default]})
     cheap = [entry["config"] for entry in ranking if entry["cost"] <= 1]
     shares = validation.labels[validation.rows].bincount().double() / len(validation)
     balanced = run.record["settings"]["metric"] == "balanced"
@@ -1693,8 +1681,7 @@ def report_search(run: Run, truth: dict[Config, float] | None) -> None:
     if equal > 1:
         print(f"warning: {equal} configurations share the best accuracy; the pick is but the first")
     if best <= result["chance"]:
-        print("warning: the best is no better than the same answer for every image: the pick means "
-              "nothing")
+        print("warning: the best is no better than the same answer for all: it means nothing")
     print(f"pick: {result['pick']}; that costs no more than the default: "
           f"{result['pick_at_no_cost'] or 'none'}   (all of it in {run.folder}/)")
     script = str(Path(__file__).with_name("retrain.py"))
@@ -1741,8 +1728,7 @@ def plot_results(path: Path, accuracies: dict[Config, list[float]], label: str,
 
     if truth:
         plot_dots(axes[2], truth, means, default, names=means)
-        axes[2].set(xlabel="ground truth: test accuracy trained alone",
-                    ylabel="validation accuracy")
+        axes[2].set(xlabel="test accuracy trained alone", ylabel="validation accuracy")
     save_figure(axes[0].figure, path)
 
 
