@@ -225,8 +225,7 @@ def join_ranks() -> None:
     if world == 1 or dist.is_initialized():
         return
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise UserError("WORLD_SIZE is set, but nothing else of torchrun's: start with torchrun, "
-                        "or unset RANK and WORLD_SIZE")
+        raise UserError("WORLD_SIZE is set, but nothing else of torchrun's: use it, or unset it")
     # what waits for another rank is not Python, which would not notice Ctrl-C
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     waiting = threading.Timer(10, print, (
@@ -308,8 +307,8 @@ class Images:
         return replace(self, rows=self.rows[torch.as_tensor(index, device=self.rows.device)])
 
     def batch(self, index: Tensor, crops: Tensor | None = None) -> Batch:
-        """Normalised images, float32 (B,3,H,H) in channels_last memory, and labels, int64 (B,). index:
-        int64 (B,); crops: for augmented images, what CROPS drew for them."""
+        """Normalised images, float32 (B,3,H,H) in channels_last memory, and labels, int64 (B,).
+        index: int64 (B,); crops: for augmented images, what CROPS drew for them."""
         rows = self.rows[index]
         images = self.images[rows].to(self.device, non_blocking=True)
         labels = self.labels[rows].to(self.device, non_blocking=True)
@@ -425,7 +424,7 @@ def read_arrays(args: Namespace) -> Arrays:
         try:
             listing = list_images(path)
         except OSError as error:
-            raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+            raise UserError(f"cannot read {name}: {error}") from error
         key = cache_name(path, listing, size)
         open_parts = partial(open_folder, path, listing)
     elif path.suffix == ".npz" and path.is_file():
@@ -473,7 +472,7 @@ def read_digits() -> Arrays:
     grey = torch.from_numpy(grey).view(-1, 1, 8, 8) * (255 / 16)
     grey = F.interpolate(grey, size=(32, 32), mode="bilinear")
     images = grey.round().byte().permute(0, 2, 3, 1).repeat(1, 1, 1, 3).numpy()
-    classes = np.array([str(digit) for digit in range(10)])
+    classes = np.arange(10).astype(str)
     return split_test({"train_images": images, "train_labels": labels, "classes": classes}, 0.2)
 
 
@@ -526,8 +525,8 @@ def check_arrays(arrays: Arrays) -> np.ndarray:
         images = arrays[f"{part}_images"]
         labels = arrays[f"{part}_labels"]
         if images.dtype != np.uint8 or images.ndim < 3 or images.shape[3:] not in ((), (1,), (3,)):
-            raise ValueError(f"{part}_images: {images.dtype} {images.shape}, not uint8 (N,H,W), "
-                             "(N,H,W,1) or (N,H,W,3)")
+            raise ValueError(f"{part}_images: {images.dtype} {images.shape}, not uint8 "
+                             "(N,H,W), (N,H,W,1) or (N,H,W,3)")
         if labels.dtype.kind not in "iu" or labels.size != len(images):
             raise ValueError(f"{part}_labels: {labels.dtype} {labels.shape}, not one integer each")
         if not np.isin(labels, classes).all():
@@ -667,8 +666,7 @@ def write_cache(cache: Path, parts: dict, classes: list[str], size: int | None) 
         labels = np.empty(len(pairs), np.int64)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             reads = pool.map(partial(read, pairs, images, labels), range(len(pairs)))
-            for _ in progress(reads, f"reading {part}", total=len(pairs)):
-                pass
+            list(progress(reads, f"reading {part}", total=len(pairs)))
         images.flush()
         np.save(temporary / f"{part}_labels.npy", labels)
     np.save(temporary / "classes.npy", np.array(classes))
@@ -860,8 +858,8 @@ def search_space(args: Namespace, images: Images) -> Space:
     try:
         macs = count_macs(network, configs, images.size)
     except (RuntimeError, ValueError) as error:  # of torch and of kernels/
-        raise UserError(f"{images.size}x{images.size} images are too small for {resolutions} "
-                        "resolutions") from error
+        size = f"{images.size}x{images.size}"
+        raise UserError(f"{size} images are too small for {resolutions} resolutions") from error
     if "configs" in args and args.configs:
         configs = list(dict.fromkeys(parse_config(text, default) for text in args.configs))
     if "max_macs" in args and args.max_macs is not None:
@@ -899,8 +897,7 @@ kernels = None  # the module kernels/, where `use_kernel` chose it
 
 
 def use_kernel(kernel: str) -> None:
-    """Let the networks use "fused" kernels, built if need be, or "native" ops. UserError if the
-    former cannot be had."""
+    """Let the networks use "fused" kernels, UserError if they cannot be built, or "native" ops."""
     global kernels
     kernels = None
     if kernel == "fused":
@@ -920,9 +917,8 @@ AGREEMENT = {"off": (1e-4, 0.05), "fp16": (5e-3, 0.5), "bf16": (5e-2, 0.5)}
 
 
 def measure_kernels(args: Namespace, space: Space, images: Images) -> str:
-    """"fused" or "native", whichever is faster in training steps of this network with its default
-    and its dearest configuration; with a warning "native" where fused kernels cannot be built or
-    compute something else."""
+    """"fused" or "native", whichever is faster in training steps with the default and the dearest
+    configuration; with a warning "native" if fused kernels cannot be built or differ."""
     try:
         use_kernel("fused")
     except UserError as error:
@@ -1196,8 +1192,7 @@ def load_picture(path: str, about: dict) -> Tensor:
 
 @torch.no_grad()
 def count_macs(network: Network, configs: list[Config], image_size: int) -> dict[Config, int]:
-    """Multiply-adds, by torch's own counter, of one image's forward pass with each configuration;
-    network: on the meta device."""
+    """Multiply-adds of one image's forward pass with each configuration; network: on "meta"."""
     from torch.utils.flop_counter import FlopCounterMode
 
     @cache  # a layer is counted once at each resolution
@@ -1377,8 +1372,7 @@ def train_alone(path: Path, args: Namespace, train: Images, test: Images, config
 
 def train_pairs(folder: Path, args: Namespace, train: Images, test: Images,
                 pairs: list[tuple[Config, int]]) -> None:
-    """Stages 1 and 3: train this rank's (configuration, seed) pairs, but for the finished ones, and
-    wait for the other ranks."""
+    """Stages 1 and 3: train the (configuration, seed) pairs that are not finished."""
     networks = folder / "networks"
     networks.mkdir(exist_ok=True)
     steps = args.epochs * train.num_batches(args.batch_size)
@@ -1414,8 +1408,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def lock(path: Path, wait: bool = True):
-    """The file `path`, open and locked until it is closed, or its process dies. BlockingIOError
-    without `wait` if another one has it."""
+    """The file `path`, locked until it is closed. BlockingIOError if it is, without `wait`."""
     file = open(path, "a")
     try:
         import fcntl
@@ -1446,8 +1439,8 @@ def load(path: Path) -> dict | list:
     except (OSError, MemoryError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     except Exception as error:  # torch.load raises many kinds
-        raise UserError(f"{path} is damaged or foreign ({str(error)[:80]}): move it away, to go on "
-                        "without it") from error
+        raise UserError(f"{path} is damaged or foreign ({str(error)[:80]}): move it away, and the "
+                        "command that wrote it goes on without it") from error
 
 
 def write_log(folder: Path, log: list[dict]) -> None:
@@ -1586,8 +1579,6 @@ def read_ground_truth(path: str | None, configs: list[Config]) -> dict[Config, f
     try:
         with open(path, newline="") as file:
             accuracies = by_config(list(csv.DictReader(file)))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}") from error
     except Exception as error:  # what it holds may be anything
         raise UserError(f"{path} is no table with the columns config, test_accuracy "
                         f"({type(error).__name__}: {error})") from error
@@ -1615,8 +1606,7 @@ def rank_metrics(accuracies: dict[Config, float],
 
 
 def mean_tau(rankings: list[dict]) -> float | None:
-    """Kendall tau of two rankings (accuracies by configuration) over what both have, mean over all
-    pairs; None without one."""
+    """Kendall tau of two rankings over what both have, mean over all pairs; None without one."""
     taus = []
     for first, second in itertools.combinations(rankings, 2):
         both = {config: first[config] for config in first if config in second}
