@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import copy
 import csv
 import ctypes
 import hashlib
@@ -903,62 +904,66 @@ def use_kernel(kernel: str) -> None:
     if kernel == "fused":
         try:
             import kernels as module
-            if Path(module.__file__).parent != Path(__file__).parent / "kernels":
-                raise ImportError(f"{module.__file__} is another package of the name kernels")
+            beside = Path(__file__).with_name("kernels") / "__init__.py"
+            if not beside.exists() or module.__file__ != str(beside):
+                raise ImportError(f"{module} is not the folder kernels/ beside common.py")
             module.load()
         except (ImportError, RuntimeError) as error:  # BuildError is a RuntimeError
             raise UserError(f"no fused kernels: {error}") from error
         kernels = module
 
 
-# How far fused kernels' outputs and gradients may be from native ops', relatively. A ReLU that tips
-# over by a rounding moves gradients much: native ops' are 0.013 from float64's, with bf16 0.30.
-AGREEMENT = {"off": (1e-4, 0.05), "fp16": (5e-3, 0.5), "bf16": (5e-2, 0.5)}
-
-
 def measure_kernels(args: Namespace, space: Space, images: Images) -> str:
     """"fused" or "native", whichever is faster in training steps with the default and the dearest
-    configuration; with a warning "native" if fused kernels cannot be built or differ."""
+    configuration; with a warning "native" if fused kernels cannot be built, fail, or have an
+    output or a gradient much further from float64's than native ops have."""
+    def step(network: Network, amp: str) -> list[Tensor]:
+        results = []
+        for config in (space.default, max(space.configs, key=space.macs.get)):
+            network.zero_grad()
+            with autocast(args.device, amp):
+                logits = network(pixels.to(next(network.parameters()).dtype), config)
+            F.cross_entropy(logits, labels).backward()
+            results += [logits.detach(), *(p.grad for p in network.parameters())]
+        return [result.double().cpu() for result in results]
+
     try:
         use_kernel("fused")
     except UserError as error:
         print(f"warning: {error}; native ops are used, slower", file=sys.stderr)
         return "native"
-    learner = Learner(make_network(args, images, supernet=True), args)
-    rows = torch.arange(min(args.batch_size, len(images)), device=images.rows.device)
-    batch = images.batch(rows)
+    network = make_network(args, images, supernet="split" in args)
+    count = args.batch_size if torch.device(args.device).type == "cuda" else 8  # enough for a CPU
+    pixels, labels = images.batch(torch.arange(min(count, len(images)), device=images.rows.device))
+    use_kernel("native")
+    exact = step(copy.deepcopy(network).double(), "off")
     seconds = {}
     results = {}
     try:
         for kernel in ("native", "fused", "native", "fused"):  # the first time both are slower
             use_kernel(kernel)
-            results[kernel] = []
             start = time.perf_counter()
-            for config in (space.default, max(space.configs, key=space.macs.get)):
-                learner.optimizer.zero_grad()
-                logits, loss = learner.loss(*batch, config)
-                loss.backward()
-                gradients = [p.grad.flatten() for p in learner.network.parameters()]
-                results[kernel] += [logits.detach().cpu(), torch.cat(gradients).cpu()]
+            results[kernel] = step(network, args.amp)
             seconds[kernel] = time.perf_counter() - start
-        limits = 2 * AGREEMENT[args.amp]  # of two configurations
-        for fused, native, limit in zip(results["fused"], results["native"], limits):
-            error = (fused.double() - native).norm() / native.double().norm()
-            if not error <= limit:
-                raise RuntimeError(f"outputs or gradients are off by {error:.1g}")
-    except RuntimeError as error:  # also CUDA's
+        for fused, native, value in zip(results["fused"], results["native"], exact):
+            if not (fused - value).norm() <= 4 * (native - value).norm() + 0.02 * value.norm():
+                raise RuntimeError("an output or a gradient is wrong")
+    except Exception as error:
+        if kernels is None:
+            raise
         print(f"warning: native ops are used, the fused kernels do not work here ({error}): please "
               "report this, with the output of python kernels/benchmark.py", file=sys.stderr)
         return "native"
     fastest = min(seconds, key=seconds.get)
-    print(f"a training step: {500 * seconds['fused']:.0f} ms with fused kernels, "
-          f"{500 * seconds['native']:.0f} ms with native ops: {fastest}", flush=True)
+    print(f"{len(labels)} images, a training step: {500 * seconds['fused']:.0f} ms with fused "
+          f"kernels, {500 * seconds['native']:.0f} ms with native ops: {fastest}", flush=True)
     return fastest
 
 
-def choose_kernel(args: Namespace, begun: str | None, space: Space, images: Images) -> None:
-    """Make args.kernel "fused" or "native", and use it. "auto" is what a run has `begun` with, but
-    for a warning where that cannot be built any more, or what rank 0 measures for all."""
+def choose_kernel(args: Namespace, begun: str | None, space: Space, images: Images) -> str:
+    """Make args.kernel "fused" or "native", and use it; what config.json is to keep. "auto" is what
+    a run has `begun` with, or what rank 0 measures for all; where fused kernels cannot be built any
+    more, a run goes on with native ops, with a warning."""
     asked = args.kernel
     if asked == "auto" and begun is None:
         choice = [measure_kernels(args, space, images) if rank == 0 else None]
@@ -967,19 +972,20 @@ def choose_kernel(args: Namespace, begun: str | None, space: Space, images: Imag
         begun, = choice
     if asked == "auto":
         args.kernel = begun
+    chosen = args.kernel
     try:
-        use_kernel(args.kernel)
+        use_kernel(chosen)
     except UserError as error:
         if asked == "fused":
             raise
         print(f"warning: {error}; goes on with native ops, to other bits", file=sys.stderr)
         args.kernel = "native"
+    return chosen
 
 
 def fused() -> bool:
     """Whether layers take the module `kernels`; an exported network is for those without it."""
-    exported = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    return kernels is not None and not exported
+    return kernels is not None and not torch.compiler.is_exporting()
 
 
 def strided(conv: nn.Conv2d, x: Tensor, downsample: str) -> Tensor:
@@ -1271,19 +1277,15 @@ class Learner:
     def step(self, images: Tensor, labels: Tensor, config: Config, lr: float) -> Tensor:
         """One SGD step; loss and accuracy of the batch, float64 (2,), left on the device."""
         self.optimizer.param_groups[0]["lr"] = lr
-        logits, loss = self.loss(images, labels, config)
+        with autocast(images.device, self.amp):
+            logits = self.network(images, config)
+            loss = F.cross_entropy(logits, labels)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         hits = (logits.argmax(1) == labels).double()
         return torch.stack([loss.detach().double(), hits.mean()])
-
-    def loss(self, images: Tensor, labels: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-        """Logits and their cross entropy."""
-        with autocast(images.device, self.amp):
-            logits = self.network(images, config)
-            return logits, F.cross_entropy(logits, labels)
 
     @torch.inference_mode()
     def check(self, images: Tensor, labels: Tensor, config: Config) -> Tensor:
@@ -1485,8 +1487,8 @@ class Run:
             before = load(config).get("settings", {})
             ignored = NOT_COMPARED | extensible | ({"kernel"} if args.kernel == "auto" else set())
             refuse_other_settings(before, settings | vars(args), ignored, self.folder)
-        choose_kernel(args, before.get("kernel"), space, data[0])
-        settings |= vars(args)
+        kernel = choose_kernel(args, before.get("kernel"), space, data[0])
+        settings |= vars(args) | {"kernel": kernel}
         for path in ("dataset", "data_dir", "cache_dir"):  # for retrain.py, wherever it is started
             if settings[path] not in (None, *DATASET_PROTOCOLS):
                 settings[path] = os.path.abspath(settings[path])

@@ -57,6 +57,7 @@ TURNED[0x0112] = 8  # Orientation: to be shown turned left
     ("grey.png", OF_16_BITS, {}, ((20,) * 3, (200,) * 3)),
     ("grey.tif", OF_16_BITS, {}, ((20,) * 3, (200,) * 3)),
     ("grey.pgm", OF_16_BITS, {}, ((20,) * 3, (200,) * 3)),
+    ("turned.tif", PLAIN.rotate(-90), {"exif": TURNED}, (RED, GREEN)),
     ("turned.png", PLAIN.rotate(-90), {"exif": TURNED}, (RED, GREEN)),
     ("turned.webp", PLAIN.rotate(-90), {"exif": TURNED, "quality": 100}, (RED, GREEN)),
     ("turned.jpg", PLAIN.rotate(-90), {"exif": TURNED, "quality": 100}, (RED, GREEN)),
