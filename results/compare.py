@@ -19,8 +19,8 @@ from statistics import mean
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
-DIGITS = {"cost": 2, "kendall_tau": 3, "tau in n1": 3, "spearman_rho": 3, "pick_rank": 1,
-          "regret": 4, "found": 2}
+DIGITS = {"cost": 2, "mean_accuracy": 4, "kendall_tau": 3, "tau in n1": 3, "spearman_rho": 3,
+          "pick_rank": 1, "regret": 4, "found": 2}
 
 
 def read_search(folder: Path) -> dict:
@@ -124,6 +124,7 @@ def main() -> None:
     curves = {}  # Kendall taus by row and epoch
     for search in searches:
         search |= judge(search["accuracies"], truth)
+        search["mean_accuracy"] = mean(search["accuracies"].values())
         search["cost"] = search["training_macs"] / min(plain) if plain else None
         steps = sum(sum(entry["steps"]) for entry in search["ranking"])
         row = (*[str(search["settings"].get(name, "")) for name in columns], f"{steps:,}")
@@ -142,7 +143,7 @@ def main() -> None:
         picks = "; ".join(run["pick"] for run in runs)
         print("| " + " | ".join([*row, str(len(runs)), *cells, picks]) + " |")
     for name, ranking in free.items():
-        found = judge(ranking, truth) | {"cost": 0.0}
+        found = judge(ranking, truth) | {"cost": 0.0, "mean_accuracy": None}
         cells = [mean_and_spread([found[metric]], DIGITS[metric]) for metric in DIGITS]
         print("| " + " | ".join([name, *[""] * (len(columns) + 1), *cells, found["pick"]]) + " |")
     print()
