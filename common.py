@@ -226,7 +226,8 @@ def join_ranks() -> None:
     if world == 1 or dist.is_initialized():
         return
     if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise UserError("WORLD_SIZE is set, but nothing else of torchrun's: use it, or unset it")
+        raise UserError("WORLD_SIZE is set, but nothing else of torchrun's: start with "
+                        "torchrun, or unset RANK and WORLD_SIZE")
     # what waits for another rank is not Python, which would not notice Ctrl-C
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     waiting = threading.Timer(10, print, (
