@@ -13,6 +13,7 @@ Source: arXiv:2306.11982, section 4 (brute force).
 from __future__ import annotations
 
 import math
+import shlex
 from statistics import mean
 
 import torch
@@ -78,8 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nbest {ranking[0]['config']}, best to worst {means[order[0]] - means[order[-1]]:.4f}; "
           f"standard deviation between configurations {between_configs:.4f}, between seeds "
           f"{between_seeds:.4f}" + ("" if tau is None else f"; Kendall tau of two seeds {tau:.3f}"))
-    print(f"next: a search of the same data and network, with --ground-truth "
-          f"{run.folder}/results.csv")
+    print("next: a search of the same data and network, with --ground-truth "
+          + shlex.quote(f"{run.folder}/results.csv"))
 
 
 if __name__ == "__main__":
