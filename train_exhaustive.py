@@ -60,22 +60,23 @@ def main(argv: list[str] | None = None) -> None:
     between_configs = spread(list(means.values()))
     variances = [spread(values) ** 2 for values in accuracies.values() if len(values) > 1]
     between_seeds = math.sqrt(mean(variances)) if variances else 0.0
+    costs = {config: space.macs[config] / space.macs[space.default] for config in space.macs}
     ranking = [{"config": config_name(config), "test_accuracy": means[config],
-                "std": spread(accuracies[config]), "seeds": len(accuracies[config])}
-               for config in order]
+                "std": spread(accuracies[config]), "seeds": len(accuracies[config]),
+                "cost": costs[config]} for config in order]
     common.save(run.folder / "result.json", run.record | {
         "kendall_tau_between_seeds": tau, "std_between_configs": between_configs,
         "std_between_seeds": between_seeds, "ranking": ranking})
-    costs = {config: space.macs[config] / space.macs[space.default] for config in space.macs}
     common.plot_results(run.folder / "ranking.png", accuracies, "test accuracy", costs,
                         space.default)
 
-    print("\nrank  configuration  test accuracy     std  seeds")
+    print("\nrank  configuration  test accuracy     std  seeds  cost (multiply-adds)")
     for place, entry in enumerate(ranking, 1):
         default = entry["config"] == config_name(space.default)
         if place <= 10 or place == len(ranking) or default:
             print(f"{place:4}  {entry['config']:13}  {entry['test_accuracy']:13.4f}  "
-                  f"{entry['std']:6.4f}  {entry['seeds']:5}" + "  default" * default)
+                  f"{entry['std']:6.4f}  {entry['seeds']:5}  {entry['cost']:4.2f}"
+                  + "  default" * default)
     print(f"\nbest {ranking[0]['config']}, best to worst {means[order[0]] - means[order[-1]]:.4f}; "
           f"standard deviation between configurations {between_configs:.4f}, between seeds "
           f"{between_seeds:.4f}" + ("" if tau is None else f"; Kendall tau of two seeds {tau:.3f}"))
