@@ -140,7 +140,7 @@ def make_parser(description: str, search: bool) -> Parser:
     add("--image-size", type=number(int, 8, 1024), metavar="N",
         help="resample to NxN; None: native, 32; food101: 64 for resnet20, else 224")
     add("--num-train", type=number(int, 2), metavar="N",
-        help="use N of the training images, stratified by class; None: all")
+        help="use N of the training images, stratified by class, whatever --seed is; None: all")
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", choices=ARCHS, default="resnet20", help="the network")
@@ -608,7 +608,8 @@ def open_image(path: str | Path):
     from PIL import Image, ImageOps
     kind = None
     try:
-        with Image.open(path) as image:
+        # a file, not its path: Pillow would map a TIFF with the sides that it has when turned
+        with open(path, "rb") as file, Image.open(file) as image:
             kind = image.format
             if kind not in ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP"):
                 raise ValueError("a format that is not read")  # some would start a program
@@ -715,7 +716,7 @@ def choose_images(arrays: Arrays, args: Namespace) -> Arrays:
     if (args.num_train or 0) > len(labels):
         raise UserError(f"--num-train {args.num_train}: there are {len(labels)} training images")
     if args.num_train not in (None, len(labels)):
-        seed = stream_seed(args.seed, "subset")
+        seed = stream_seed(0, "subset")  # all seeds search, and retrain, the same images
         chosen, _ = stratified_split(labels, args.num_train, seed, arrays["classes"])
         for name in ("train_images", "train_labels"):
             arrays[name] = arrays[name][chosen]

@@ -42,15 +42,20 @@ def read_searches(folders: list[str]) -> tuple[dict, list[dict[str, float]]]:
         config = path.with_name("config.json")  # knows where the data were last seen
         results.append(result | (common.load(config) if config.exists() else {}))
     settings = results[0]["settings"]
-    for folder, result in zip(folders, results):
-        for name in ("data", "arch", "num_resolutions", "downsample", "width", "configs"):
+    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+        raise UserError("--from: the same run twice tells nothing new")
+    rankings = [{entry["config"]: entry["accuracy"] for entry in result["ranking"]}
+                for result in results]
+    for folder, result, ranking in zip(folders, results, rankings):
+        for name in ("data", "metric", "arch", "num_resolutions", "downsample", "width"):
             if result["settings"].get(name) != settings.get(name):
                 raise UserError(f"{folder} is a search of another {name} than {folders[0]}")
+        if ranking.keys() != rankings[0].keys():
+            raise UserError(f"{folder} ranks other configurations than {folders[0]}")
     if settings["arch"] not in common.ARCHS:
         raise UserError(f"--arch {settings['arch']} is unknown here: run the script that adds it "
                         "to common.ARCHS, and let it call retrain.main")
-    return settings, [{entry["config"]: entry["accuracy"] for entry in result["ranking"]}
-                      for result in results]
+    return settings, rankings
 
 
 def average_ranks(rankings: list[dict[str, float]]) -> dict[str, float]:

@@ -78,6 +78,18 @@ def test_pictures_are_read_as_a_viewer_shows_them(name, picture, options, expect
         assert np.abs(half - colour).max() <= (6 if lossy else 0)
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "I;16"])
+def test_turned_tiffs_keep_their_pixels(mode, tmp_path):
+    pixels = np.arange(128, dtype=np.uint8).reshape(8, 16)
+    image = Image.fromarray(pixels.astype(np.uint16) * 257) if mode == "I;16" \
+        else Image.fromarray(pixels).convert("RGB").convert(mode)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    image.save(tmp_path / "a.tif", exif=turned)
+    assert np.array_equal(np.asarray(common.open_image(tmp_path / "a.tif"))[..., 0],
+                          np.rot90(pixels, -1))
+
+
 def test_a_broken_exif_tag_leaves_the_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 8

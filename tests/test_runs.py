@@ -523,6 +523,8 @@ def test_a_weight_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     ("retrain", "--from nowhere", "nowhere"),
     ("retrain", "--from foreign", "foreign"),
     ("retrain", "--from one two", "two is a search of another width than one"),
+    ("retrain", "--from one three", "three ranks other configurations than one"),
+    ("retrain", "--from one one/", "the same run twice"),
     ("retrain", "", "one of the arguments --from --config is required")])
 def test_mistakes_end_with_one_line_and_leave_everything(stage, argv, message, tmp_path):
     (tmp_path / "file").write_text("not a folder")
@@ -531,10 +533,11 @@ def test_mistakes_end_with_one_line_and_leave_everything(stage, argv, message, t
     (tmp_path / "foreign").mkdir()
     for file in ("config.json", "result.json"):
         (tmp_path / "foreign" / file).write_text('{"settings": {"stage": "mixture"}}')
-    for i, name in enumerate(("one", "two")):
+    for i, name in enumerate(("one", "two", "three")):
         (tmp_path / name).mkdir()
-        settings = {"arch": "resnet20", "width": i}
-        common.save(tmp_path / name / "result.json", {"settings": settings, "pick": "4,3,3"})
+        common.save(tmp_path / name / "result.json", {
+            "settings": {"arch": "resnet20", "width": i % 2}, "pick": "4,3,3",
+            "ranking": [{"config": f"{4 + i // 2},3,3", "accuracy": 0.5}]})
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     check_error(run(tmp_path, stage, *argv.split(), *NATIVE), 2, message)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*")
