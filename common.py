@@ -124,7 +124,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def add_space(add: Callable) -> None:
     """The arguments that restrict the configurations."""
     add("--configs", nargs="+", metavar="N,N,N", help="only these configurations; None: all")
-    add("--max-macs", type=number(float, 0), help="none of more times the default's multiply-adds")
+    add("--max-macs", type=number(float, 0), help="none of more than so many times the default's")
 
 
 def make_parser(description: str, search: bool) -> Parser:
@@ -500,6 +500,11 @@ def open_torchvision(name: str, data_dir: Path) -> Parts:
     return parts, parts["train"].classes
 
 
+def parts_of(arrays: Arrays) -> tuple[str, ...]:
+    """The parts whose images and labels are there."""
+    return ("train", "test") if "test_images" in arrays else ("train",)
+
+
 def open_npz(path: Path) -> Parts:
     """A file as MedMNIST ships them; `check_arrays` says what it may hold."""
     parts = {}
@@ -507,7 +512,7 @@ def open_npz(path: Path) -> Parts:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file if name.startswith(("train_", "test_"))}
         classes = check_arrays(arrays)
-        for part in ("train", "test") if "test_images" in arrays else ("train",):
+        for part in parts_of(arrays):
             images = arrays[f"{part}_images"]
             images = images.squeeze(3) if images.shape[3:] == (1,) else images
             labels = np.searchsorted(classes, arrays[f"{part}_labels"].ravel())
@@ -523,7 +528,7 @@ def check_arrays(arrays: Arrays) -> np.ndarray:
     there, test_images are uint8 (N,H,W), (N,H,W,1) or (N,H,W,3) and their labels are integers,
     (N,) or (N,1), those of the test images among the others."""
     classes = np.unique(arrays["train_labels"])
-    for part in ("train", "test") if "test_images" in arrays else ("train",):
+    for part in parts_of(arrays):
         images = arrays[f"{part}_images"]
         labels = arrays[f"{part}_labels"]
         if images.dtype != np.uint8 or images.ndim < 3 or images.shape[3:] not in ((), (1,), (3,)):
@@ -690,7 +695,7 @@ def read_cache(cache: Path) -> Arrays:
             arrays[path.stem] = array if array.nbytes > 2 ** 32 else np.array(array)
         classes = check_arrays(arrays)
         size = arrays["train_images"].shape[1]
-        for part in ("train", "test") if "test_images" in arrays else ("train",):
+        for part in parts_of(arrays):
             if arrays[f"{part}_images"].shape[1:] != (size, size, 3):
                 raise ValueError(f"{part}_images are not squares of one size, of three channels")
             arrays[f"{part}_labels"] = arrays[f"{part}_labels"].ravel().astype(np.int64)
@@ -843,6 +848,10 @@ class Space:
     configs: list[Config]
     default: Config
     macs: dict[Config, int]
+
+    def cost(self, config: Config) -> float:
+        """Its multiply-adds, relative to the default's."""
+        return self.macs[config] / self.macs[self.default]
 
 
 def search_space(args: Namespace, images: Images) -> Space:
@@ -1231,25 +1240,27 @@ def evaluate_configs(network: Network, configs: list[Config], batches: Iterable[
     def walk(x: Tensor, depth: int, members: list[int]) -> None:
         if depth == len(network.layers):
             logits = network.head(x)
-            by_class = torch.zeros(2, logits.shape[1], dtype=torch.int64, device=x.device)
-            hits = (logits.argmax(1) == labels).long()  # all stays on the device
-            by_class.index_add_(1, labels, torch.stack([hits, torch.ones_like(hits)]))
+            by_class = torch.zeros(logits.shape[1], dtype=torch.int64, device=x.device)
+            by_class.index_add_(0, labels, (logits.argmax(1) == labels).long())
             for i in members:
-                counts[i] += by_class
+                hits[i] += by_class  # stays on the device
             return
         for mode in ("none", network.downsample):
             group = [i for i in members if modes[i][depth] == mode]
             if group:
                 walk(network.layers[depth](x, mode), depth + 1, group)
 
-    counts = [0] * len(configs)  # of hits and images, by class: int64 (2,K)
+    hits = [0] * len(configs)  # by class: int64 (K,)
+    seen = []
     for images, labels in batches:
+        seen.append(labels)
         with autocast(images.device, amp):
             walk(images, 0, list(range(len(configs))))
-    hits, images = torch.stack(counts, 1).double().cpu()
+    hits = torch.stack(hits).double().cpu()
+    count = torch.cat(seen).bincount(minlength=hits.shape[1]).double().cpu()
     if metric == "accuracy":
-        return hits.sum(1) / images.sum(1)
-    return (hits / images).nanmean(1)  # 0 / 0: a class without an image
+        return hits.sum(1) / count.sum()
+    return (hits / count).nanmean(1)  # 0 / 0: a class without an image
 
 
 # --------------------------------------------------------------------------------- learning
@@ -1286,15 +1297,13 @@ class Learner:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        hits = (logits.argmax(1) == labels).double()
-        return torch.stack([loss.detach().double(), hits.mean()])
+        return torch.stack([loss.detach().double(), accuracy(logits, labels)])
 
     @torch.inference_mode()
     def check(self, images: Tensor, labels: Tensor, config: Config) -> Tensor:
         """Accuracy of the batch without learning, float64 (), left on the device."""
         with autocast(images.device, self.amp):
-            logits = self.network(images, config)
-        return (logits.argmax(1) == labels).double().mean()
+            return accuracy(self.network(images, config), labels)
 
     def state_dict(self) -> dict:
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
@@ -1304,6 +1313,11 @@ class Learner:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The share of rows whose largest logit is the label's, float64 ()."""
+    return (logits.argmax(1) == labels).double().mean()
 
 
 def read_steps(steps: list[tuple[str, Tensor]], network: nn.Module) -> Tensor:
@@ -1627,10 +1641,9 @@ def save_ranking(run: Run, space: Space, accuracies: Tensor, owners: list[int],
     ranking = []
     for i in accuracies.argsort(descending=True, stable=True).tolist():
         config = space.configs[i]
-        macs = space.macs[config]
         ranking.append({"config": config_name(config), "accuracy": accuracies[i].item(),
-                        "supernet": owners[i], "steps": steps[i].tolist(), "macs": macs,
-                        "cost": macs / space.macs[space.default]})
+                        "supernet": owners[i], "steps": steps[i].tolist(),
+                        "macs": space.macs[config], "cost": space.cost(config)})
     cheap = [entry["config"] for entry in ranking if entry["cost"] <= 1]
     shares = validation.labels[validation.rows].bincount().double() / len(validation)
     balanced = run.record["settings"]["metric"] == "balanced"

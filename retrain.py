@@ -62,9 +62,9 @@ def average_ranks(rankings: list[dict[str, float]]) -> dict[str, float]:
     """Each configuration's rank (1 = best; ties share theirs), mean over the rankings, best
     first."""
     from scipy.stats import rankdata
-    ranks = [rankdata([-ranking[config] for config in rankings[0]]) for ranking in rankings]
-    means = dict(zip(rankings[0], map(mean, zip(*map(list, ranks)))))
-    return {config: float(means[config]) for config in sorted(means, key=means.get)}
+    ranks = rankdata([[-ranking[config] for config in rankings[0]] for ranking in rankings], axis=1)
+    means = dict(zip(rankings[0], ranks.mean(0).tolist()))
+    return {config: means[config] for config in sorted(means, key=means.get)}
 
 
 def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[dict[str, float]]]:
@@ -124,10 +124,10 @@ def compare(accuracies: dict[str, list[float]], space: Space) -> dict[str, dict]
     entries = {}
     for name in sorted(accuracies, key=lambda name: -mean(accuracies[name])):
         values = accuracies[name]
-        macs = space.macs[common.parse_config(name)]
+        config = common.parse_config(name)
         entries[name] = {"test_accuracy": mean(values), "std": spread(values),
-                         "seeds": len(values), "macs": macs,
-                         "cost": macs / space.macs[space.default]}
+                         "seeds": len(values), "macs": space.macs[config],
+                         "cost": space.cost(config)}
         if name != default:
             difference, interval, p = paired_comparison(values, accuracies[default])
             entries[name] |= {"difference": difference, "interval": interval, "p_value": p}

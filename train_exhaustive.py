@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     between_configs = spread(list(means.values()))
     variances = [spread(values) ** 2 for values in accuracies.values() if len(values) > 1]
     between_seeds = math.sqrt(mean(variances)) if variances else 0.0
-    costs = {config: space.macs[config] / space.macs[space.default] for config in space.macs}
+    costs = {config: space.cost(config) for config in space.macs}
     ranking = [{"config": config_name(config), "test_accuracy": means[config],
                 "std": spread(accuracies[config]), "seeds": len(accuracies[config]),
                 "cost": costs[config]} for config in order]
