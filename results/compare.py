@@ -3,7 +3,7 @@
     python results/compare.py --ground-truth results/ground-truth/results.csv results/searches/*
 
 Prints a Markdown table. Runs that differ in nothing but the seed share a row, mean +- standard
-deviation. cost: multiply-adds of the training steps, relative to the rows of one supernet with
+deviation. A short run of train_exhaustive.py is a search, too: all alone. cost: multiply-adds of the training steps, relative to the rows of one supernet with
 uniform draws (the shortest, if there are several). tau in n1: Kendall tau over the pairs of
 configurations of equal n1 alone. found: how often one of the three best is among the first four.
 The last rows cost nothing: ranked by n1, the layers at full resolution, and by multiply-adds. Below
@@ -28,7 +28,8 @@ def read_search(folder: Path) -> dict:
     log = folder / "log.jsonl"
     try:
         search = json.loads((folder / "result.json").read_text())
-        search["accuracies"] = {common.parse_config(entry["config"]): entry["accuracy"]
+        accuracy = "test_accuracy" if search["settings"]["stage"] == "exhaustive" else "accuracy"
+        search["accuracies"] = {common.parse_config(entry["config"]): entry[accuracy]
                                 for entry in search["ranking"]}
         lines = log.read_text().splitlines() if log.exists() else []
         search["rankings"] = [line for line in map(json.loads, lines) if "ranking" in line]
