@@ -276,6 +276,16 @@ def keep_freed_memory() -> None:
     mallopt(-4, 0)  # M_MMAP_MAX
 
 
+def prepare_torch(args: Namespace) -> None:
+    """The threads, device, matrix products and memory of this process; makes args.device the
+    rank's."""
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    args.device = choose_device(args.device)
+    keep_freed_memory()
+
+
 # ------------------------------------------------------------------------------------- data
 
 @dataclass(frozen=True)

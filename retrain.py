@@ -20,8 +20,6 @@ import argparse
 from pathlib import Path
 from statistics import mean
 
-import torch
-
 import common
 from common import Run, Space, UserError, config_name, number, rank, spread, world
 
@@ -175,11 +173,7 @@ def plot(path: Path, accuracies: dict[str, list[float]], entries: dict[str, dict
 def main(argv: list[str] | None = None) -> None:
     args, searched, rankings = arguments(argv)
     common.join_ranks()
-    torch.set_num_threads(args.threads)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    args.device = common.choose_device(args.device)
-    common.keep_freed_memory()
+    common.prepare_torch(args)
 
     train, test = data = common.load_dataset(args)
     space = common.search_space(args, train)

@@ -191,11 +191,7 @@ def plot_assignment(path: Path, log: list[dict], configs: list[Config]) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     common.join_ranks()
-    torch.set_num_threads(args.threads)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    args.device = common.choose_device(args.device)
-    common.keep_freed_memory()
+    common.prepare_torch(args)
 
     data = common.load_dataset(args)
     space = common.search_space(args, data[0])

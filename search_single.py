@@ -27,11 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     if common.world > 1:
         raise UserError("there is one supernet to train: start it without torchrun, or unset "
                         "WORLD_SIZE")
-    torch.set_num_threads(args.threads)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    args.device = common.choose_device(args.device)
-    common.keep_freed_memory()
+    common.prepare_torch(args)
 
     data = common.load_dataset(args)
     space = common.search_space(args, data[0])

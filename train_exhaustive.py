@@ -16,8 +16,6 @@ import math
 import shlex
 from statistics import mean
 
-import torch
-
 import common
 from common import Run, config_name, number, rank, spread, world
 
@@ -29,11 +27,7 @@ def main(argv: list[str] | None = None) -> None:
                         help="networks a configuration, seeds --seed, --seed + 1, ...")
     args = common.fill_defaults(parser.parse_args(argv), search=False)
     common.join_ranks()
-    torch.set_num_threads(args.threads)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    args.device = common.choose_device(args.device)
-    common.keep_freed_memory()
+    common.prepare_torch(args)
 
     train, test = data = common.load_dataset(args)
     space = common.search_space(args, train)
