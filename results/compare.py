@@ -3,9 +3,13 @@
     python results/compare.py --ground-truth results/ground-truth/results.csv results/searches/*
 
 Prints a Markdown table. Runs that differ in nothing but the seed share a row, mean +- standard
-deviation. A short run of train_exhaustive.py is a search, too: all alone. cost: multiply-adds of the training steps, relative to the rows of one supernet with
-uniform draws (the shortest, if there are several). tau in n1: Kendall tau over the pairs of
-configurations of equal n1 alone. found: how often one of the three best is among the first four.
+deviation. A short run of train_exhaustive.py is a search, too: all alone.
+- cost: multiply-adds of the training steps, relative to the rows of one supernet with uniform draws
+  (the shortest, if there are several)
+- tau in n1: Kendall tau over the pairs of configurations of equal n1 alone
+- found: how often one of the three best is among the first four
+- agree: Kendall tau of two runs of the row, mean over the pairs
+- averaged: Kendall tau and regret of the pick by the ranks averaged over the runs of the row
 The last rows cost nothing: ranked by n1, the layers at full resolution, and by multiply-adds. Below
 it, every row of three or more seeds against the first one, seed by seed (Student's paired t-test).
 Writes compare.png into --out: Kendall tau over the epochs of runs with --rank-every.
@@ -18,9 +22,9 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import retrain
 
-DIGITS = {"cost": 2, "mean_accuracy": 4, "kendall_tau": 3, "tau in n1": 3, "spearman_rho": 3,
-          "pick_rank": 1, "regret": 4, "found": 2}
+DIGITS = {"cost": 2, "kendall_tau": 3, "tau in n1": 3, "pick_rank": 1, "regret": 3}
 
 
 def read_search(folder: Path) -> dict:
@@ -59,7 +63,7 @@ def judge(ranking: dict[tuple, float], truth: dict[tuple, float]) -> dict:
     first = sorted(ranking, key=ranking.get, reverse=True)[:4]
     best = sorted(ranking, key=truth.get, reverse=True)[:3]
     return common.rank_metrics(ranking, truth) | {
-        "tau in n1": mean(signs) if signs else None, "found": float(bool({*first} & {*best})),
+        "tau in n1": mean(signs) if signs else None, "found": bool({*first} & {*best}),
         "pick": common.config_name(first[0])}
 
 
@@ -85,6 +89,24 @@ def mean_and_spread(values: list[float | None], digits: int) -> str:
     values = [value for value in values if value is not None]
     deviation = f" +- {common.spread(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{deviation}" if values else "-"
+
+
+def judged_cells(searches: list[dict]) -> list[str]:
+    """The cells of DIGITS and "found"."""
+    cells = [mean_and_spread([search[name] for search in searches], digits)
+             for name, digits in DIGITS.items()]
+    return [*cells, f"{sum(search['found'] for search in searches)} of {len(searches)}"]
+
+
+def together(searches: list[dict], truth: dict[tuple, float]) -> list[str]:
+    """The cells of "agree" and "averaged"."""
+    if len(searches) < 2:
+        return ["", ""]
+    rankings = [search["accuracies"] for search in searches]
+    averaged = {config: -rank for config, rank in retrain.average_ranks(rankings).items()}
+    found = judge(averaged, truth)
+    agreement = common.mean_tau(rankings)
+    return [f"{agreement:.3f}", f"{found['kendall_tau']:.3f}, {found['regret']:.3f}"]
 
 
 def plot(columns: list[str], curves: dict[tuple, dict[int, list[float]]], path: Path) -> None:
@@ -125,7 +147,6 @@ def main() -> None:
     curves = {}  # Kendall taus by row and epoch
     for search in searches:
         search |= judge(search["accuracies"], truth)
-        search["mean_accuracy"] = mean(search["accuracies"].values())
         search["cost"] = search["training_macs"] / min(plain) if plain else None
         steps = sum(sum(entry["steps"]) for entry in search["ranking"])
         row = (*[str(search["settings"].get(name, "")) for name in columns], f"{steps:,}")
@@ -137,16 +158,17 @@ def main() -> None:
                 curves.setdefault(row, {}).setdefault(line["epoch"], []).append(tau)
     free = {"by n1": {config: config[0] for config in macs}, "by multiply-adds": macs}
 
-    print("| " + " | ".join([*columns, "steps", "runs", *DIGITS, "picks"]) + " |")
-    print("|" + " --- |" * (len(columns) + len(DIGITS) + 3))
+    header = [*columns, "steps", "runs", *DIGITS, "found", "agree", "averaged", "picks"]
+    print("| " + " | ".join(header) + " |")
+    print("|" + " --- |" * len(header))
     for row, runs in rows.items():
-        cells = [mean_and_spread([run[name] for run in runs], DIGITS[name]) for name in DIGITS]
         picks = "; ".join(run["pick"] for run in runs)
-        print("| " + " | ".join([*row, str(len(runs)), *cells, picks]) + " |")
+        cells = [*row, str(len(runs)), *judged_cells(runs), *together(runs, truth), picks]
+        print("| " + " | ".join(cells) + " |")
     for name, ranking in free.items():
-        found = judge(ranking, truth) | {"cost": 0.0, "mean_accuracy": None}
-        cells = [mean_and_spread([found[metric]], DIGITS[metric]) for metric in DIGITS]
-        print("| " + " | ".join([name, *[""] * (len(columns) + 1), *cells, found["pick"]]) + " |")
+        found = judge(ranking, truth) | {"cost": 0.0}
+        cells = [name, *[""] * (len(columns) + 1), *judged_cells([found]), "", "", found["pick"]]
+        print("| " + " | ".join(cells) + " |")
     print()
     compare_seeds(rows)
     if curves:
