@@ -166,9 +166,8 @@ def make_parser(description: str, search: bool) -> Parser:
         add_space(add)
         add("--split", type=number(float, 0.01, 0.99), default=0.5, metavar="FRACTION",
             help="of the training images that trains weights; the rest validates")
-        add("--draw", choices=["uniform", "cost", "blocks"], default="uniform", help="how often a "
-            "step trains each configuration: all equally, as in the paper; in proportion to its "
-            "multiply-adds; or block after block, each length uniformly among those possible")
+        add("--draw", choices=["uniform", "cost"], default="uniform", help="how often a step trains "
+            "each configuration: equally, as in the paper, or in proportion to its multiply-adds")
         add("--ground-truth", metavar="CSV",
             help="results.csv of train_exhaustive.py, to compare the ranking with")
         add("--rank-every", type=number(int, 1), metavar="N",
@@ -892,17 +891,11 @@ def search_space(args: Namespace, images: Images) -> Space:
     return Space(configs, default, macs)
 
 
-def draw_probabilities(configs: list[Config], draw: str, macs: dict[Config, int]) -> Tensor:
-    """pi(c), how often --draw trains each configuration: float64 (C,), of sum 1. "blocks": n1
-    uniformly among those that occur, then n2 among those that occur behind this n1, and so on."""
-    weights = torch.ones(len(configs), dtype=torch.float64)
-    for i, config in enumerate(configs):
-        if draw == "cost":
-            weights[i] = macs[config]
-        elif draw == "blocks":
-            for k in range(len(config)):
-                possible = [other[k] for other in configs if other[:k] == config[:k]]
-                weights[i] /= len(set(possible))
+def draw_probabilities(space: Space, draw: str) -> Tensor:
+    """pi(c), how often a step trains each configuration: float64 (C,), of sum 1; draw: "uniform",
+    as in the paper, or "cost", in proportion to its multiply-adds."""
+    weights = [space.macs[config] if draw == "cost" else 1 for config in space.configs]
+    weights = torch.tensor(weights, dtype=torch.float64)
     return weights / weights.sum()
 
 

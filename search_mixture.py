@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     log = state["log"]
     scores = merged[:, own.start:own.stop].to(args.device, copy=True)  # this rank's columns of W
 
-    draw = common.draw_probabilities(configs, args.draw, space.macs)  # pi(c)
+    draw = common.draw_probabilities(space, args.draw)  # pi(c)
     rounds = train.num_batches(args.batch_size)
     snapshots = {round(1 + part * (args.epochs - 1) / 5) for part in range(6)}
     print(f"{count} supernets, epochs {len(log) + 1} to {args.epochs} of {rounds} rounds:",

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         return common.evaluate_configs(network, space.configs, batches, args.amp, args.metric)
 
     steps = train.num_batches(args.batch_size)
-    draw = common.draw_probabilities(space.configs, args.draw, space.macs)
+    draw = common.draw_probabilities(space, args.draw)
     print(f"one supernet, epochs {len(log) + 1} to {args.epochs} of {steps} steps:",
           common.describe(args, train, validation, run.folder), flush=True)
     bar = common.progress(total=args.epochs * steps, initial=len(log) * steps, unit="step")

@@ -85,16 +85,12 @@ def test_draws_have_the_papers_joint_distribution(balanced, kind):
 
 def test_draw_probabilities():
     configs = common.enumerate_configs(10, 3)
-    macs = {config: 5 + i for i, config in enumerate(configs)}
-    find = {draw: dict(zip(configs, common.draw_probabilities(configs, draw, macs).tolist()))
-            for draw in ("uniform", "cost", "blocks")}
-    assert all(sum(found.values()) == pytest.approx(1) for found in find.values())
-    assert set(find["uniform"].values()) == {1 / 36}
-    assert find["cost"][8, 1, 1] / find["cost"][1, 1, 8] == pytest.approx(40 / 5)
-    for config, n1 in ((c, c[0]) for c in configs):  # 1 of 8 for n1, then 1 of 9 - n1 for n2
-        assert find["blocks"][config] == pytest.approx(1 / 8 / (9 - n1))
-    some = [(1, 1, 8), (1, 2, 7), (4, 3, 3)]  # n1 is 1 or 4; behind 4 there is no choice
-    assert common.draw_probabilities(some, "blocks", {}).tolist() == [0.25, 0.25, 0.5]
+    space = common.Space(configs, (4, 3, 3), {config: 5 + i for i, config in enumerate(configs)})
+    uniform = common.draw_probabilities(space, "uniform")
+    assert uniform.tolist() == [1 / 36] * 36
+    by_cost = common.draw_probabilities(space, "cost")
+    assert by_cost.sum() == pytest.approx(1)
+    assert by_cost[35] / by_cost[0] == pytest.approx(40 / 5)
 
 
 def test_scores_are_a_moving_average():
