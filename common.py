@@ -166,8 +166,9 @@ def make_parser(description: str, search: bool) -> Parser:
         add_space(add)
         add("--split", type=number(float, 0.01, 0.99), default=0.5, metavar="FRACTION",
             help="of the training images that trains weights; the rest validates")
-        add("--draw", choices=["uniform", "cost"], default="uniform", help="how often a step trains "
-            "each configuration: equally, as in the paper, or in proportion to its multiply-adds")
+        add("--draw", choices=["uniform", "cost"], default="uniform",
+            help="how often a step trains each configuration: equally, as in the paper, or in "
+            "proportion to its multiply-adds")
         add("--ground-truth", metavar="CSV",
             help="results.csv of train_exhaustive.py, to compare the ranking with")
         add("--rank-every", type=number(int, 1), metavar="N",
