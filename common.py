@@ -900,13 +900,6 @@ def draw_probabilities(space: Space, draw: str) -> Tensor:
     return weights / weights.sum()
 
 
-def draw_configs(probabilities: Tensor, count: int, rng: torch.Generator) -> Tensor:
-    """`count` independent draws c ~ pi, int64 (count,)."""
-    if (probabilities == probabilities[0]).all():  # other random numbers than multinomial's:
-        return torch.randint(len(probabilities), (count,), generator=rng)  # those of results/
-    return torch.multinomial(probabilities, count, replacement=True, generator=rng)
-
-
 # --------------------------------------------------------------------------------- networks
 
 kernels = None  # the module kernels/, where `use_kernel` chose it

@@ -99,7 +99,7 @@ def draw_rounds(assignment: torch.Tensor, draw: torch.Tensor, rounds: int, balan
                  for column, rng in zip(joint.T, rngs)]
         configs = torch.stack(drawn, 1).flatten().tolist()  # round after round
         return [(c, i % supernets) for i, c in enumerate(configs)]
-    drawn = common.draw_configs(draw, rounds * supernets, rngs[0])
+    drawn = torch.multinomial(draw, rounds * supernets, replacement=True, generator=rngs[0])
     owners = torch.multinomial(assignment[drawn], 1, generator=rngs[0]).flatten()
     return list(zip(drawn.tolist(), owners.tolist()))
 

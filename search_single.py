@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         draws, order, crops, checks = (common.stream(args.seed, name, 0, epoch)
                                        for name in ("draws", "order", "crops", "checks"))
         batches = train.passes(args.batch_size, order, crops)
-        drawn = common.draw_configs(draw, steps + 10, draws).tolist()
+        drawn = torch.multinomial(draw, steps + 10, replacement=True, generator=draws).tolist()
         numbers = []
         for step, c in enumerate(drawn[:steps]):
             config = space.configs[c]
