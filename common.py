@@ -374,17 +374,14 @@ def draw_pad_crops(count: int, size: int, flip: bool, rng: torch.Generator) -> T
 def pad_crop(images: Tensor, crops: Tensor) -> Tensor:
     """Crop each image at its own place from a border of H/8 zeros, then mirror some. images: uint8
     (B,H,H,3); crops: int64 (B,3): top and left in 0..2*(H/8), flip."""
-    count, size, _, _ = images.shape
-    top, left, flips = crops[:, :, None].unbind(1)
+    size = images.shape[1]
     pad = size // 8
+    top, left, flips = crops.unbind(1)
     padded = F.pad(images, (0, 0, pad, pad, pad, pad))
-    # the place of every pixel, (B,H,H), among all pixels of the padded images in a row
-    line = torch.arange(size, device=images.device).expand(count, size)
-    columns = left + torch.where(flips > 0, size - 1 - line, line)
-    rows = top + line
-    rows = rows + torch.arange(count, device=images.device)[:, None] * padded.shape[1]
-    pixels = rows[:, :, None] * padded.shape[2] + columns[:, None, :]
-    return padded.view(-1, 3)[pixels.flatten()].view(images.shape)  # 1.6x of three indices
+    windows = padded.unfold(1, size, 1).unfold(2, size, 1)  # no copy: (B,P,P,3,H,H)
+    images = windows[torch.arange(len(images), device=images.device), top, left]
+    images = torch.where(flips[:, None, None, None] > 0, images.flip(3), images)
+    return images.permute(0, 2, 3, 1)
 
 
 def draw_resized_crops(count: int, size: int, flip: bool, rng: torch.Generator) -> Tensor:
