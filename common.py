@@ -909,8 +909,7 @@ def use_kernel(kernel: str) -> None:
     if kernel == "fused":
         try:
             import kernels as module
-            beside = Path(__file__).with_name("kernels") / "__init__.py"
-            if not beside.exists() or module.__file__ != str(beside):
+            if module.__file__ != str(Path(__file__).with_name("kernels") / "__init__.py"):
                 raise ImportError(f"{module} is not the folder kernels/ beside common.py")
             module.load()
         except (ImportError, RuntimeError) as error:  # BuildError is a RuntimeError
@@ -969,23 +968,20 @@ def choose_kernel(args: Namespace, begun: str | None, space: Space, images: Imag
     """Make args.kernel "fused" or "native", and use it; what config.json is to keep. "auto" is what
     a run has `begun` with, or what rank 0 measures for all; where fused kernels cannot be built any
     more, a run goes on with native ops, with a warning."""
-    asked = args.kernel
-    if asked == "auto" and begun is None:
+    kernel = begun if args.kernel == "auto" else args.kernel
+    if kernel is None:
         choice = [measure_kernels(args, space, images) if rank == 0 else None]
         if world > 1:
             dist.broadcast_object_list(choice)
-        begun, = choice
-    if asked == "auto":
-        args.kernel = begun
-    chosen = args.kernel
+        kernel, = choice
     try:
-        use_kernel(chosen)
+        use_kernel(kernel)
     except UserError as error:
-        if asked == "fused":
+        if args.kernel == "fused":
             raise
         print(f"warning: {error}; goes on with native ops, to other bits", file=sys.stderr)
-        args.kernel = "native"
-    return chosen
+    args.kernel = "fused" if kernels else "native"
+    return kernel
 
 
 def fused() -> bool:
