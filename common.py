@@ -413,7 +413,24 @@ CROPS = {"pad": (draw_pad_crops, pad_crop), "resized": (draw_resized_crops, resi
 def load_dataset(args: Namespace) -> tuple[Images, Images]:
     """(train, test) of --dataset on --device, cut to --num-train, resampled to --image-size."""
     arrays = read_digits() if args.dataset == "digits" else read_arrays(args)
-    arrays = choose_images(arrays, args)
+    if "test_images" not in arrays:
+        if not args.test_fraction:
+            raise UserError(f"{args.dataset} has no test set (test/ or val/ of a folder, "
+                            "test_images of a file): --test-fraction 0.2 splits one off")
+        arrays = split_test(arrays, args.test_fraction)
+    elif args.test_fraction:
+        raise UserError(f"--test-fraction: {args.dataset} has a test set of its own")
+    labels = arrays["train_labels"]
+    if (args.num_train or 0) > len(labels):
+        raise UserError(f"--num-train {args.num_train}: there are {len(labels)} training images")
+    if args.num_train not in (None, len(labels)):
+        seed = stream_seed(0, "subset")  # all seeds search, and retrain, the same images
+        chosen, _ = stratified_split(labels, args.num_train, seed, arrays["classes"])
+        for name in ("train_images", "train_labels"):
+            arrays[name] = arrays[name][chosen]
+    if args.image_size:
+        for name in ("train_images", "test_images"):
+            arrays[name] = resample(arrays[name], args.image_size)
     return make_images(arrays, protocol(args.dataset, args.arch), args.device)
 
 
@@ -713,29 +730,6 @@ def read_cache(cache: Path) -> Arrays:
         raise UserError(f"{cache} is not a usable cache ({error}): delete it") from error
     except OSError as error:
         raise UserError(f"cannot read {cache}: {error}") from error
-
-
-def choose_images(arrays: Arrays, args: Namespace) -> Arrays:
-    """The arrays with a test set, cut to --num-train, resampled to --image-size."""
-    if args.test_fraction and "test_images" in arrays:
-        raise UserError(f"--test-fraction: {args.dataset} has a test set of its own")
-    if "test_images" not in arrays:
-        if not args.test_fraction:
-            raise UserError(f"{args.dataset} has no test set (test/ or val/ of a folder, "
-                            "test_images of a file): --test-fraction 0.2 splits one off")
-        arrays = split_test(arrays, args.test_fraction)
-    labels = arrays["train_labels"]
-    if (args.num_train or 0) > len(labels):
-        raise UserError(f"--num-train {args.num_train}: there are {len(labels)} training images")
-    if args.num_train not in (None, len(labels)):
-        seed = stream_seed(0, "subset")  # all seeds search, and retrain, the same images
-        chosen, _ = stratified_split(labels, args.num_train, seed, arrays["classes"])
-        for name in ("train_images", "train_labels"):
-            arrays[name] = arrays[name][chosen]
-    if args.image_size:
-        for name in ("train_images", "test_images"):
-            arrays[name] = resample(arrays[name], args.image_size)
-    return arrays
 
 
 def split_test(arrays: Arrays, fraction: float) -> Arrays:
