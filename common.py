@@ -268,17 +268,16 @@ def choose_device(device: str) -> str:
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed. It would return large tensors to the system and get them back
     page by page: up to 1.4x of a training step with native ops."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):  # not glibc
-        return
-    mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-    mallopt(-4, 0)  # M_MMAP_MAX
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
 
 
 def prepare_torch(args: Namespace) -> None:
-    """The threads, device, matrix products and memory of this process; makes args.device the
-    rank's."""
+    """The ranks, threads, device, matrix products and memory of this process; makes args.device
+    the rank's."""
+    join_ranks()
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.fp32_precision = "tf32"
@@ -341,12 +340,11 @@ class Images:
         count = self.num_batches(batch_size)
         while True:
             index = torch.randperm(len(self), generator=order).to(self.rows.device)
-            index = index.tensor_split(count)
-            if crops is None:
-                yield from map(self.batch, index)
-            else:
+            drawn = [None] * count
+            if crops is not None:
                 drawn = CROPS[self.crop][0](len(self), self.size, self.flip, crops)
-                yield from map(self.batch, index, drawn.to(self.device).tensor_split(count))
+                drawn = drawn.to(self.device).tensor_split(count)
+            yield from map(self.batch, index.tensor_split(count), drawn)
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
         """Batches that cover every image once, always the same: shuffled and of near-equal size,
@@ -1410,13 +1408,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def lock(path: Path, wait: bool = True):
-    """The file `path`, locked until it is closed. BlockingIOError if it is, without `wait`."""
+    """The file `path`, locked until it is closed; without `wait` UserError if it is locked."""
     file = open(path, "a")
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        raise
+    except BlockingIOError as error:
+        raise UserError(f"another process is writing to {path.parent}: choose another --out, or "
+                        "wait for it") from error
     except (ImportError, OSError) as error:  # Windows; NFS or Lustre without locks
         print(f"warning: files cannot be locked here ({error}): start nothing twice; only Linux "
               "and macOS are tested", file=sys.stderr)
@@ -1500,9 +1499,6 @@ class Run:
                 self.owned = held.get(place) or lock(self.folder / "lock", wait=False)
                 held[place] = self.owned
                 save(config, self.record)
-            except BlockingIOError as error:
-                raise UserError(f"another process is writing to {self.folder}: choose another "
-                                "--out, or wait for it") from error
             except OSError as error:
                 raise UserError(f"--out {self.folder} is not writable: {error}") from error
         barrier()

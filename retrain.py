@@ -172,7 +172,6 @@ def plot(path: Path, accuracies: dict[str, list[float]], entries: dict[str, dict
 
 def main(argv: list[str] | None = None) -> None:
     args, searched, rankings = arguments(argv)
-    common.join_ranks()
     common.prepare_torch(args)
 
     train, test = data = common.load_dataset(args)

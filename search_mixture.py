@@ -190,7 +190,6 @@ def plot_assignment(path: Path, log: list[dict], configs: list[Config]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    common.join_ranks()
     common.prepare_torch(args)
 
     data = common.load_dataset(args)

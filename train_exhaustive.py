@@ -26,7 +26,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=number(int, 1, 1000), default=1, metavar="N",
                         help="networks a configuration, seeds --seed, --seed + 1, ...")
     args = common.fill_defaults(parser.parse_args(argv), search=False)
-    common.join_ranks()
     common.prepare_torch(args)
 
     train, test = data = common.load_dataset(args)
