@@ -77,16 +77,10 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[di
     parser.add_argument("--seeds", type=number(int, 1, 1000), default=3, metavar="N",
                         help="networks a configuration, seeds --seed, --seed + 1, ...")
 
-    # the search's settings become the defaults, so --from is read before the rest
-    early = common.Parser(add_help=False)
-    early.add_argument("--from", dest="source", nargs="+", default=[])
-    source = early.parse_known_args(argv)[0].source
-    settings = {}
-    rankings = []
-    if source:
-        settings, rankings = read_searches(source)
-        parser.set_defaults(**{name: value for name, value in settings.items()
-                               if name in TAKEN_OVER})
+    source = parser.parse_args(argv).source
+    settings, rankings = read_searches(source) if source else ({}, [])
+    # the search's settings become the defaults of a second reading
+    parser.set_defaults(**{name: settings[name] for name in TAKEN_OVER & settings.keys()})
     args = common.fill_defaults(parser.parse_args(argv), search=False)
     if source and not (args.dataset in common.DATASET_PROTOCOLS or Path(args.dataset).exists()):
         raise UserError(f"the data set of {source[0]} is not at {args.dataset} any more: say "
