@@ -275,8 +275,7 @@ def keep_freed_memory() -> None:
 
 
 def prepare_torch(args: Namespace) -> None:
-    """The ranks, threads, device, matrix products and memory of this process; makes args.device
-    the rank's."""
+    """Join the ranks; set threads, device (args.device: the rank's), matrix products and memory."""
     join_ranks()
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
@@ -1633,7 +1632,7 @@ def save_ranking(run: Run, space: Space, accuracies: Tensor, owners: list[int],
         "chance": 1 / len(shares) if balanced else shares.max().item(), "metrics": None})
 
 
-def report_search(run: Run, truth: dict[Config, float] | None) -> None:
+def report_search(run: Run, space: Space, truth: dict[Config, float] | None) -> None:
     """Print the best ten, the default and the worst; draw ranking.png; say what comes next."""
     if rank > 0:
         return
@@ -1645,9 +1644,7 @@ def report_search(run: Run, truth: dict[Config, float] | None) -> None:
         save(run.folder / "result.json", result)
     plot_results(run.folder / "ranking.png",
                  {config: [accuracy] for config, accuracy in accuracies.items()},
-                 f"validation accuracy; pick: {result['pick']}",
-                 {config: entry["cost"] for config, entry in zip(accuracies, ranking)},
-                 parse_config(result["default"]), truth)
+                 f"validation accuracy; pick: {result['pick']}", space, truth)
 
     print("\nrank  configuration  accuracy  supernet  cost" + "  ground truth" * bool(truth))
     for place, (entry, config) in enumerate(zip(ranking, accuracies), 1):
@@ -1683,15 +1680,16 @@ def save_figure(figure, path: Path) -> None:
         figure.savefig(temporary, dpi=110, bbox_inches="tight", format="png")
 
 
-def plot_results(path: Path, accuracies: dict[Config, list[float]], label: str,
-                 costs: dict[Config, float], default: Config,
+def plot_results(path: Path, accuracies: dict[Config, list[float]], label: str, space: Space,
                  truth: dict[Config, float] | None = None) -> None:
     """Accuracies (one or more a configuration: seeds) as a ranking, of many the best 40 and the
     default, over the cost and, with a ground truth, over that (paper, figure 3)."""
     from matplotlib.figure import Figure
     panels = 2 if truth is None else 3
     axes = Figure(figsize=(6 * panels, 7), layout="constrained").subplots(1, panels)
+    default = space.default
     means = {config: mean(values) for config, values in accuracies.items()}
+    costs = {config: space.cost(config) for config in means}
 
     order = sorted(means, key=means.get, reverse=True)
     shown = [config for i, config in enumerate(order) if i < 40 or config == default]

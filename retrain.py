@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import mean
 
 import common
-from common import Run, Space, UserError, config_name, number, rank, spread, world
+from common import Config, Run, Space, UserError, config_name, number, rank, spread, world
 
 # what --from takes over from the search
 TAKEN_OVER = {"dataset", "data_dir", "cache_dir", "test_fraction", "image_size", "num_train",
@@ -110,18 +110,17 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
     return corrected
 
 
-def compare(accuracies: dict[str, list[float]], space: Space) -> dict[str, dict]:
+def compare(accuracies: dict[Config, list[float]], space: Space) -> dict[str, dict]:
     """What result.json says of each configuration, the most accurate first."""
-    default = config_name(space.default)
     entries = {}
-    for name in sorted(accuracies, key=lambda name: -mean(accuracies[name])):
-        values = accuracies[name]
-        config = common.parse_config(name)
+    for config in sorted(accuracies, key=lambda config: -mean(accuracies[config])):
+        values = accuracies[config]
+        name = config_name(config)
         entries[name] = {"test_accuracy": mean(values), "std": spread(values),
                          "seeds": len(values), "macs": space.macs[config],
                          "cost": space.cost(config)}
-        if name != default:
-            difference, interval, p = paired_comparison(values, accuracies[default])
+        if config != space.default:
+            difference, interval, p = paired_comparison(values, accuracies[space.default])
             entries[name] |= {"difference": difference, "interval": interval, "p_value": p}
     tested = {name: entry["p_value"] for name, entry in entries.items()
               if entry.get("p_value") is not None}
@@ -145,23 +144,6 @@ def conclusion(entries: dict[str, dict]) -> str:
     return (f"Shown to beat the default (5 % level, Holm over {len(tested)}): "
             f"{', '.join(better) or 'none'}; {seeds} seeds tell differences above about {half:.4f} "
             "from chance, for these epochs and this data alone.")
-
-
-def plot(path: Path, accuracies: dict[str, list[float]], entries: dict[str, dict],
-         default: str) -> None:
-    """Accuracy of each seed, and the mean, over the cost."""
-    from matplotlib.figure import Figure
-    axes = Figure(figsize=(7, 5), layout="constrained").subplots()
-    for name, entry in entries.items():
-        color = "tab:orange" if name == default else "tab:blue"
-        axes.plot([entry["cost"]] * entry["seeds"], accuracies[name], "_", color=color)
-        axes.plot(entry["cost"], entry["test_accuracy"], "o", color=color)
-        axes.annotate(name, (entry["cost"], entry["test_accuracy"]), (6, 0),
-                      textcoords="offset points")
-    axes.set(xlabel="multiply-adds, relative to the default's (orange)",
-             ylabel="test accuracy (bars: seeds; dots: means)")
-    axes.grid(alpha=0.3)
-    common.save_figure(axes.figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -189,16 +171,17 @@ def main(argv: list[str] | None = None) -> None:
     if rank > 0:
         return
 
-    accuracies = {config_name(config): [] for config in configs}
+    accuracies = {config: [] for config in configs}
     for row in common.collect_results(run.folder):
-        if row["seed"] in seeds and row["config"] in accuracies:
-            accuracies[row["config"]].append(row["test_accuracy"])
+        config = common.parse_config(row["config"])
+        if row["seed"] in seeds and config in accuracies:
+            accuracies[config].append(row["test_accuracy"])
     default = config_name(space.default)
     entries = compare(accuracies, space)
     common.save(run.folder / "result.json", run.record | {
         "chosen": [config_name(config) for config in chosen], "default": default,
         "mean_ranks": mean_ranks, "kendall_tau_between_searches": agreement, "configs": entries})
-    plot(run.folder / "comparison.png", accuracies, entries, default)
+    common.plot_results(run.folder / "comparison.png", accuracies, "test accuracy", space)
 
     print("\nconfiguration      test accuracy  cost  against the default, 95 %       p (Holm)")
     for name, entry in entries.items():

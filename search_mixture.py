@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     truth = common.read_ground_truth(args.ground_truth, configs)
     run = Run("mixture", args, data, space)
     if (run.folder / "result.json").exists():
-        return common.report_search(run, truth)
+        return common.report_search(run, space, truth)
 
     own = range(rank * count // world, (rank + 1) * count // world)  # this rank's supernets
     learners = {}
@@ -298,7 +298,7 @@ def main(argv: list[str] | None = None) -> None:
         common.save(run.folder / "supernets.pt", [states[m] for m in range(count)])
         plot_assignment(run.folder / "assignment.png", log, configs)
         common.save_ranking(run, space, accuracies, owners, steps, validation)
-        common.report_search(run, truth)
+        common.report_search(run, space, truth)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     truth = common.read_ground_truth(args.ground_truth, space.configs)
     run = Run("single", args, data, space)
     if (run.folder / "result.json").exists():
-        return common.report_search(run, truth)
+        return common.report_search(run, space, truth)
 
     network = common.make_network(args, train, True, common.stream_seed(args.seed, "weights", 0))
     learner = Learner(network, args)
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     accuracies = evaluate()
     common.save(run.folder / "supernets.pt", [network.state_dict()])
     common.save_ranking(run, space, accuracies, [0] * len(accuracies), counts, validation)
-    common.report_search(run, truth)
+    common.report_search(run, space, truth)
 
 
 if __name__ == "__main__":

@@ -53,17 +53,15 @@ def main(argv: list[str] | None = None) -> None:
     between_configs = spread(list(means.values()))
     variances = [spread(values) ** 2 for values in accuracies.values() if len(values) > 1]
     between_seeds = math.sqrt(mean(variances)) if variances else 0.0
-    costs = {config: space.cost(config) for config in space.macs}
     steps = args.epochs * train.num_batches(args.batch_size)
     ranking = [{"config": config_name(config), "test_accuracy": means[config],
                 "std": spread(accuracies[config]), "seeds": len(accuracies[config]),
                 "steps": [steps] * len(accuracies[config]), "macs": space.macs[config],
-                "cost": costs[config]} for config in order]
+                "cost": space.cost(config)} for config in order]
     common.save(run.folder / "result.json", run.record | {
         "kendall_tau_between_seeds": tau, "std_between_configs": between_configs,
         "std_between_seeds": between_seeds, "ranking": ranking})
-    common.plot_results(run.folder / "ranking.png", accuracies, "test accuracy", costs,
-                        space.default)
+    common.plot_results(run.folder / "ranking.png", accuracies, "test accuracy", space)
 
     print("\nrank  configuration  test accuracy     std  seeds  cost (multiply-adds)")
     for place, entry in enumerate(ranking, 1):

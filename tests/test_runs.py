@@ -229,7 +229,7 @@ def test_picks_and_what_is_none(metric, accuracies, chance, warning, small_image
     search = argparse.Namespace(folder=tmp_path, record=record)
     common.save_ranking(search, space, torch.tensor(accuracies), [0] * 4,
                         torch.zeros(4, 1, dtype=torch.int64), validation)
-    common.report_search(search, None)
+    common.report_search(search, space, None)
     lines = capsys.readouterr().out.splitlines()
     place = lines.index("cost: multiply-adds, the default's are 1") + 1
     assert lines[place].startswith(warning)
