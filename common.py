@@ -26,7 +26,6 @@ import sys
 import threading
 import time
 import weakref
-import zipfile
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -538,7 +537,7 @@ def open_npz(path: Path) -> Parts:
             images = images.squeeze(3) if images.shape[3:] == (1,) else images
             labels = np.searchsorted(classes, arrays[f"{part}_labels"].ravel())
             parts[part] = list(zip(images, labels.tolist()))
-    except (OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file raises many kinds
         raise UserError(f"cannot use {path}, with arrays train_images, train_labels, test_images, "
                         f"test_labels: {error}") from error
     return parts, list(map(str, classes))
@@ -723,10 +722,10 @@ def read_cache(cache: Path) -> Arrays:
         if classes.tolist() != list(range(len(classes))):
             raise ValueError("train_labels: not 0..K-1")
         return {"classes": classes.astype(str)} | arrays
-    except (EOFError, LookupError, ValueError) as error:
-        raise UserError(f"{cache} is not a usable cache ({error}): delete it") from error
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         raise UserError(f"cannot read {cache}: {error}") from error
+    except Exception as error:  # a damaged file raises many kinds
+        raise UserError(f"{cache} is not a usable cache ({error}): delete it") from error
 
 
 def split_test(arrays: Arrays, fraction: float) -> Arrays:

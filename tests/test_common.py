@@ -236,12 +236,15 @@ def write_cache(cache, **arrays):
     ("train_images", np.zeros((4, 3, 32, 32), np.uint8)), ("train_labels", np.arange(2)),
     ("test_images", np.zeros((2, 16, 16, 3), np.uint8)), ("test_labels", np.array([0, 7])),
     ("train_labels", np.array([0, 2, 0, 2])), ("train_labels", np.array([0.5, 1, 0, 1])),
-    ("train_labels", np.array([None] * 4)), ("train_images", 5000), ("test_labels", 0)])
+    ("train_labels", np.array([None] * 4)), ("train_images", 5000), ("test_labels", 0),
+    ("train_images", b"{")])
 def test_damaged_caches_are_refused_and_left_alone(name, damage, tmp_path):
     write_cache(tmp_path / "cifar10")
     file = tmp_path / f"cifar10/{name}.npy"
     if isinstance(damage, int):
         os.truncate(file, damage)
+    elif isinstance(damage, bytes):  # in the header
+        file.write_bytes(file.read_bytes().replace(b"}", damage))
     else:
         np.save(file, damage)
     before = file.read_bytes()

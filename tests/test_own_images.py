@@ -236,10 +236,15 @@ def test_a_file_without_a_test_set(tmp_path):
     np.savez(tmp_path / "a.npz", train_images=arrays["train_images"],
              train_labels=arrays["train_labels"])
     (tmp_path / "b.npz").write_bytes(b"PK nothing")
+    np.savez_compressed(tmp_path / "c.npz", **arrays)
+    damaged = bytearray((tmp_path / "c.npz").read_bytes())
+    damaged[66:70] = b"\xff" * 4  # where zlib begins
+    (tmp_path / "c.npz").write_bytes(damaged)
     train, test = load(tmp_path / "a.npz", tmp_path, "--test-fraction", "0.25")
     assert (len(train), len(test)) == (6, 2)
-    with pytest.raises(common.UserError, match="cannot use .*b.npz"):
-        load(tmp_path / "b.npz", tmp_path)
+    for name in ("b.npz", "c.npz"):
+        with pytest.raises(common.UserError, match=f"cannot use .*{name}"):
+            load(tmp_path / name, tmp_path)
 
 
 # ---------------------------------------------------------------------------------- the caches
