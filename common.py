@@ -700,9 +700,8 @@ def write_cache(cache: Path, parts: dict, classes: list[str], size: int | None) 
     np.save(temporary / "classes.npy", np.array(classes))
     if unreadable:
         shutil.rmtree(temporary)
-        more = f"; and {len(unreadable) - 20} more" if len(unreadable) > 20 else ""
-        names = "; ".join(sorted(unreadable)[:20])
-        raise UserError(f"mend or remove what cannot be read: {names}{more}")
+        raise UserError(f"mend or remove the files that cannot be read, {len(unreadable)}: "
+                        + "; ".join(sorted(unreadable)[:20]))
     os.rename(temporary, cache)
 
 
