@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a search's folder")
     args = parser.parse_args()
 
-    searches = [read_search(folder) for folder in args.runs]
+    searches = [read_search(folder) for folder in dict.fromkeys(args.runs)]
     macs = {}
     for search in searches:
         for entry in search["ranking"]:
