@@ -1,5 +1,7 @@
 import argparse
+import contextlib
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -19,15 +21,68 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
+import retrain  # noqa: E402
+import search_mixture  # noqa: E402
+import search_single  # noqa: E402
+import train_exhaustive  # noqa: E402
 
 # the smallest search that still does everything: seconds
 SMALL = ["--image-size", "8", "--width", "0.25", "--num-train", "320", "--batch-size", "32"]
+NATIVE = ("--kernel", "native", "--threads", "1")
+CONFIGS = ("1,1,8", "4,3,3", "5,3,2", "8,1,1")
+FEW = (*SMALL, *NATIVE, "--configs", *CONFIGS)
+TRUTH = ("--ground-truth", "../exhaustive/runs/exhaustive-digits/results.csv")
+STAGES = {stage.__name__: stage
+          for stage in (train_exhaustive, search_single, search_mixture, retrain)}
+COMMANDS = {  # each in a folder of its name, in this order: they read what others wrote
+    "exhaustive": ("train_exhaustive", *FEW, "--seeds", "2", "--epochs", "2"),
+    "single": ("search_single", *FEW, *TRUTH, "--epochs", "4", "--rank-every", "2"),
+    # batches of 16: ten rounds an epoch, so that scores are exchanged within it, too
+    "mixture": ("search_mixture", *FEW, *TRUTH, "--epochs", "4", "--rank-every", "2",
+                "--batch-size", "16"),
+    "no-balance": ("search_mixture", *FEW, "--epochs", "2", "--no-balance",
+                   "--temperature", "1e4", "1e4", "--batch-size", "16"),
+    "retrain": ("retrain", "--from", "../mixture/runs/mixture-digits",
+                "../single/runs/single-digits", "--top", "2", *NATIVE, "--seeds", "2",
+                "--epochs", "2", "--batch-size", "32")}
 
 
 def shell(script: str, *arguments: str, cwd, root=ROOT) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(root / script), *arguments], cwd=cwd,
                           capture_output=True, text=True, timeout=300,
                           env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+
+
+def run(folder: Path, stage: str, *argv: str) -> tuple[int, str, str]:
+    """Run a stage in a folder: (exit code, stdout, stderr)."""
+    out = io.StringIO()
+    err = io.StringIO()
+    code = 0
+    before = os.getcwd()
+    os.chdir(folder)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            common.run_script(lambda: STAGES[stage].main([*argv]))
+        except SystemExit as end:
+            code = end.code
+        finally:
+            os.chdir(before)
+    if isinstance(code, str):  # what Python makes of sys.exit("a message")
+        return 1, out.getvalue(), f"{err.getvalue()}{code}\n"
+    return code, out.getvalue(), err.getvalue()
+
+
+def check_error(outcome: tuple[int, str, str], code: int, *messages: str) -> None:
+    """Assert that a run ended with this code and one line of error that says all of these."""
+    assert outcome[0] == code and outcome[2].startswith("error: "), outcome
+    assert outcome[2].count("\n") == 1 and outcome[2].endswith("\n"), outcome
+    for message in messages:
+        assert message in outcome[2]
+
+
+def command_of(name: str, finished: tuple[Path, dict]) -> list[str]:
+    """The command for another folder."""
+    return [part.replace("..", str(finished[0])) for part in COMMANDS[name]]
 
 
 def arguments(*argv: str, search: bool = True) -> argparse.Namespace:
@@ -96,3 +151,15 @@ def small_images():
     return common.Images(images, torch.arange(400) * 3 // 400, torch.arange(400),
                          torch.full((3,), 120.0), torch.full((3,), 60.0), classes=list("abc"),
                          flip=True, crop="pad", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """Every command has run in one process, undisturbed: (folder, what each printed)."""
+    folder = tmp_path_factory.mktemp("finished")
+    printed = {}
+    for name, command in COMMANDS.items():
+        (folder / name).mkdir()
+        code, printed[name], err = run(folder / name, *command)
+        assert (code, err) == (0, "")
+    return folder, printed

@@ -7,18 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, contents
-from test_runs import FEW, NATIVE, check_error, run
+from conftest import COMMANDS, FEW, ROOT, check_error, command_of, contents, run
 
 import common
 
-# batches of 16: ten rounds an epoch, so that scores are exchanged within it, too
-MIXTURE = ("search_mixture", *FEW, "--epochs", "4", "--num-supernets", "4", "--batch-size", "16")
-COMMANDS = {
-    "mixture": MIXTURE,
-    "no-balance": (*MIXTURE, "--no-balance", "--epochs", "2"),
-    "exhaustive": ("train_exhaustive", *FEW, "--epochs", "2"),
-    "retrain": ("retrain", *SMALL, *NATIVE, "--config", "5,3,2", "--seeds", "1", "--epochs", "1")}
+SHARED = [name for name in COMMANDS if name != "single"]  # which is of one process
 
 
 def torchrun(ranks, script, *argv, cwd, restarts=0):
@@ -41,40 +34,29 @@ def kill_rank(process, rank):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """Every command run by one process, in a folder of its name."""
-    folder = tmp_path_factory.mktemp("alone")
-    for name, command in COMMANDS.items():
-        (folder / name).mkdir()
-        code, _, err = run(folder / name, *command)
-        assert (code, err) == (0, "")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """Every command run by two ranks, in a folder of its name, all with a single torchrun."""
+def shared(finished, tmp_path_factory):
+    """The commands run by two ranks, each in a folder of its name, all with a single torchrun."""
     folder = tmp_path_factory.mktemp("shared")
+    commands = {str(folder / name): command_of(name, finished) for name in SHARED}
     (folder / "all.py").write_text(
         f"import importlib, os, sys; sys.path.append({str(ROOT)!r})\n"
-        f"for name, (stage, *argv) in {COMMANDS!r}.items():\n"
-        f"    os.chdir({str(folder)!r} + '/' + name)\n"
+        f"for path, (stage, *argv) in {commands!r}.items():\n"
+        "    os.makedirs(path, exist_ok=True)\n"
+        "    os.chdir(path)\n"
         "    importlib.import_module(stage).main(argv)\n")
-    for name in COMMANDS:
-        (folder / name).mkdir()
     code, out, errors = finish(torchrun(2, folder / "all.py", cwd=folder))
-    assert (code, errors) == (0, []) and out.count("writing to runs/") == len(COMMANDS)
+    assert (code, errors) == (0, []) and out.count("writing to runs/") == len(SHARED)
     return folder
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_ranks_leave_what_one_process_leaves(name, alone, shared):
-    assert contents(shared / name) == contents(alone / name)
+@pytest.mark.parametrize("name", SHARED)
+def test_ranks_leave_what_one_process_leaves(name, finished, shared):
+    assert contents(shared / name) == contents(finished[0] / name)
 
 
 @pytest.mark.parametrize("name", ["mixture", "exhaustive"])
-def test_a_killed_rank_restarts_or_ends_the_job_and_one_process_continues(name, alone, tmp_path):
-    stage, *argv = COMMANDS[name]
+def test_a_killed_rank_restarts_or_ends_the_job_and_one_process_continues(name, finished, tmp_path):
+    stage, *argv = command_of(name, finished)
     job = torchrun(2, f"{stage}.py", *argv, cwd=tmp_path, restarts=1)
     for rank in (1, 0):
         assert any("writing to runs/" in line for line in job.stdout)
@@ -82,10 +64,10 @@ def test_a_killed_rank_restarts_or_ends_the_job_and_one_process_continues(name, 
         kill_rank(job, rank)
     code, out, errors = finish(job)
     assert code != 0 and errors == [] and "writing to runs/" not in out
-    code, out, err = run(tmp_path, *COMMANDS[name])
+    code, out, err = run(tmp_path, stage, *argv)
     assert (code, err) == (0, "")
     assert "\nepoch 1 " not in out and "\n8,1,1 seed 0  epoch 1 " not in out  # both are done
-    assert contents(tmp_path) == contents(alone / name)
+    assert contents(tmp_path) == contents(finished[0] / name)
 
 
 def test_a_rank_ends_well_that_others_have_yet_to_answer(tmp_path):

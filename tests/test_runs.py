@@ -5,11 +5,9 @@ import ast
 import contextlib
 import csv
 import importlib
-import io
 import itertools
 import json
 import math
-import operator
 import os
 import pickle
 import re
@@ -19,71 +17,20 @@ import signal
 import subprocess
 import sys
 import threading
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, contents, shell
+from conftest import (COMMANDS, CONFIGS, FEW, NATIVE, ROOT, SMALL, arguments, check_error,
+                      command_of, contents, run, shell)
 from PIL import Image
 
 import common
 import retrain
 import search_mixture
-import search_single
-import train_exhaustive
 
 README = (ROOT / "README.md").read_text()
-
-
-def unbuildable():
-    raise RuntimeError("no compiler")
-
-
-STAGES = {stage.__name__: stage
-          for stage in (train_exhaustive, search_single, search_mixture, retrain)}
-NATIVE = ("--kernel", "native", "--threads", "1")
-CONFIGS = ("1,1,8", "4,3,3", "5,3,2", "8,1,1")
-FEW = (*SMALL, *NATIVE, "--configs", *CONFIGS)
-TRUTH = ("--ground-truth", "../train_exhaustive/runs/exhaustive-digits/results.csv")
-COMMANDS = {  # each in a folder of its name, in this order: they read what others wrote
-    "train_exhaustive": (*FEW, "--seeds", "2", "--epochs", "2"),
-    "search_single": (*FEW, *TRUTH, "--epochs", "4", "--rank-every", "2"),
-    "search_mixture": (*FEW, *TRUTH, "--epochs", "4", "--rank-every", "2", "--num-supernets", "3"),
-    "retrain": ("--from", "../search_mixture/runs/mixture-digits",
-                "../search_single/runs/single-digits", "--top", "2", *NATIVE, "--seeds", "2",
-                "--epochs", "2", "--batch-size", "32")}
-
-
-def run(folder, stage, *argv):
-    """Run a stage in a folder: (exit code, stdout, stderr)."""
-    out = io.StringIO()
-    err = io.StringIO()
-    code = 0
-    before = os.getcwd()
-    os.chdir(folder)
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            common.run_script(lambda: STAGES[stage].main([*argv]))
-        except SystemExit as end:
-            code = end.code
-        finally:
-            os.chdir(before)
-    if isinstance(code, str):  # what Python makes of sys.exit("a message")
-        return 1, out.getvalue(), f"{err.getvalue()}{code}\n"
-    return code, out.getvalue(), err.getvalue()
-
-
-def check_error(outcome, code, *messages):
-    """Assert that a run ended with this code and one line of error that says all of these."""
-    assert outcome[0] == code and outcome[2].startswith("error: "), outcome
-    assert outcome[2].count("\n") == 1 and outcome[2].endswith("\n"), outcome
-    for message in messages:
-        assert message in outcome[2]
-
-
-def arguments_of(stage, finished):
-    """The stage's arguments for another folder."""
-    return [part.replace("..", str(finished[0])) for part in COMMANDS[stage]]
 
 
 def evaluate(weights, config, images, args, supernet):
@@ -94,31 +41,19 @@ def evaluate(weights, config, images, args, supernet):
                                    images.evaluation_batches(args.batch_size)).item()
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Every stage has run, undisturbed: (folder, what each printed)."""
-    folder = tmp_path_factory.mktemp("finished")
-    printed = {}
-    for stage, argv in COMMANDS.items():
-        (folder / stage).mkdir()
-        code, printed[stage], err = run(folder / stage, stage, *argv)
-        assert (code, err) == (0, "")
-    return folder, printed
-
-
 # --------------------------------------------------------------------------- what runs promise
 
-@pytest.mark.parametrize("kind, supernets", [("single", 1), ("mixture", 3)])
-def test_searches_write_what_they_promise_and_all_to_redo_it(kind, supernets, finished):
-    path = finished[0] / f"search_{kind}" / "runs" / f"{kind}-digits"
+@pytest.mark.parametrize("kind, steps", [("single", [4 * 5]), ("mixture", [4 * 10] * 4)])
+def test_searches_write_what_they_promise_and_all_to_redo_it(kind, steps, finished):
+    path = finished[0] / kind / "runs" / f"{kind}-digits"
     result = common.load(path / "result.json")
     ranking = result["ranking"]
     accuracies = [entry["accuracy"] for entry in ranking]
     assert sorted(entry["config"] for entry in ranking) == sorted(CONFIGS)
     assert accuracies == sorted(accuracies, reverse=True)
     assert result["pick"] == ranking[0]["config"] and result["default"] == "4,3,3"
-    steps = np.sum([entry["steps"] for entry in ranking], 0)
-    assert steps.tolist() == [4 * 5] * supernets  # epochs, batches of the training half
+    # of each supernet: epochs, batches of the training half
+    assert np.sum([entry["steps"] for entry in ranking], 0).tolist() == steps
     assert {"command", "ranks", "git", "device_name", "versions"} < set(result)
     assert set(result["metrics"]) == {"kendall_tau", "spearman_rho", "pick_rank", "regret"}
 
@@ -131,12 +66,12 @@ def test_searches_write_what_they_promise_and_all_to_redo_it(kind, supernets, fi
     assert log[3]["ranking"] == {entry["config"]: entry["accuracy"] for entry in ranking}
     if kind == "mixture":
         assert [line["temperature"] for line in log] == [1, 34, 67, 100]
-        assert np.allclose([line["p_m"] for line in log], 1 / 3, atol=0.02)
+        assert np.allclose([line["p_m"] for line in log], 1 / 4, atol=0.02)
         assert (path / "assignment.png").stat().st_size > 10_000
     assert (path / "ranking.png").stat().st_size > 10_000
     for words in (f"pick: {result['pick']}", "epoch 4  ", "against the ground truth: kendall_tau",
                   f"next: python {ROOT}/retrain.py --from runs/{kind}-digits"):
-        assert words in finished[1][f"search_{kind}"]
+        assert words in finished[1][kind]
 
     # all that it takes to rank again
     args = argparse.Namespace(**result["settings"])
@@ -150,12 +85,12 @@ def test_searches_write_what_they_promise_and_all_to_redo_it(kind, supernets, fi
 
 
 def test_a_finished_search_is_shown_again_and_other_settings_are_refused(finished):
-    folder = finished[0] / "search_mixture"
+    folder = finished[0] / "mixture"
     before = (folder / "runs/mixture-digits/result.json").read_bytes()
-    code, out, err = run(folder, "search_mixture", *COMMANDS["search_mixture"])
+    code, out, err = run(folder, *COMMANDS["mixture"])
     assert (code, err) == (0, "") and "\npick: " in out and "epoch" not in out
-    outcome = run(folder, "search_mixture", *COMMANDS["search_mixture"], "--num-supernets", "2")
-    check_error(outcome, 2, "other settings (num_supernets 3 there, 2 now)")
+    check_error(run(folder, *COMMANDS["mixture"], "--num-supernets", "2"), 2,
+                "other settings (num_supernets 4 there, 2 now)")
     assert (folder / "runs/mixture-digits/result.json").read_bytes() == before
 
 
@@ -180,7 +115,7 @@ def test_a_stopped_run_goes_on_where_it_was_moved_with_its_kernels_if_they_can_b
         assert run(tmp_path / "one", "search_mixture", "--dataset", "my pets", *argv)[0] == 130
     assert common.load(tmp_path / "one/runs/mixture-my pets/config.json")["settings"]["kernel"] \
         == "fused"
-    monkeypatch.setattr("kernels.load", unbuildable)
+    monkeypatch.setattr("kernels.load", Mock(side_effect=RuntimeError("no compiler")))
     (tmp_path / "one").rename(tmp_path / "two")
     (tmp_path / "two/my pets").rename(tmp_path / "two/pets")
     code, out, err = run(tmp_path / "two", "search_mixture", "--dataset", "pets", "--out",
@@ -220,9 +155,7 @@ def test_a_cell_is_interrupted_and_run_again_and_one_runs_in_a_thread(tmp_path, 
     ("balanced", [0.7, 0.8, 0.9, 0.8], 0.5, "pick: 5,3,2; that costs no more")])
 def test_picks_and_what_is_none(metric, accuracies, chance, warning, small_images, tmp_path,
                                 capsys):
-    space = common.search_space(argparse.Namespace(
-        arch="resnet20", num_resolutions=None, width=1.0, downsample=None, configs=CONFIGS,
-        max_macs=None), small_images)
+    space = common.search_space(arguments("--configs", *CONFIGS), small_images)
     validation = common.replace(small_images, classes=["a", "b"],
                                 labels=(torch.arange(400) >= 380).long())
     record = {"settings": {"metric": metric, "arch": "resnet20"}}
@@ -246,14 +179,12 @@ def test_retrain_compares_the_first_of_averaged_ranks_with_the_default(finished,
     folder, printed = finished
     path = folder / "retrain/runs/retrain-digits"
     result = common.load(path / "result.json")
-    mean_ranks = dict.fromkeys(CONFIGS, 0.0)
-    for search in folder.glob("search_*/runs/*/result.json"):
-        ranking = {entry["config"]: entry["accuracy"] for entry in common.load(search)["ranking"]}
-        for name, value in ranking.items():  # of two searches, ties share their ranks
-            above, equal = (sum(map(compare, ranking.values(), itertools.repeat(value)))
-                            for compare in (operator.gt, operator.eq))
-            mean_ranks[name] += (above + (1 + equal) / 2) / 2
-    assert result["mean_ranks"] == pytest.approx(mean_ranks)
+    rankings = []
+    for kind in ("mixture", "single"):
+        search = common.load(folder / kind / f"runs/{kind}-digits/result.json")
+        rankings.append({entry["config"]: entry["accuracy"] for entry in search["ranking"]})
+    mean_ranks = retrain.average_ranks(rankings)
+    assert result["mean_ranks"] == mean_ranks
     assert {mean_ranks[name] for name in result["chosen"]} == set(sorted(mean_ranks.values())[:2])
     assert set(result["configs"]) == {*result["chosen"], "4,3,3"}
     assert result["settings"]["width"] == 0.25 and result["settings"]["num_train"] == 320
@@ -272,10 +203,11 @@ def test_retrain_compares_the_first_of_averaged_ranks_with_the_default(finished,
     assert "2 searches agree with Kendall tau" in printed["retrain"]
 
     shutil.copytree(folder / "retrain/runs", tmp_path / "runs")
-    argv = [*arguments_of("retrain", finished), "--top", "3", "--seeds", "3"]
-    code, out, err = run(tmp_path, "retrain", *argv)
-    new = len(set(result["mean_ranks"]) - set(result["configs"]))  # 1, or all were trained
-    assert (code, err) == (0, "") and out.count("epoch 1 ") in (3, 3 + 3 * new)
+    more = ("--top", "3", "--seeds", "3")
+    code, out, err = run(tmp_path, *command_of("retrain", finished), *more)
+    after = common.load(tmp_path / "runs/retrain-digits/result.json")
+    new = 3 * len(after["configs"]) - 2 * len(result["configs"])  # networks that were not trained
+    assert (code, err, out.count("epoch 1 ")) == (0, "", new) and len(after["chosen"]) == 3
 
 
 def test_conclusions_by_hand():
@@ -361,38 +293,36 @@ def test_the_trained_network_is_used_and_exported_as_the_readme_says(finished, t
     assert abs(hits / len(test) - expected) < 1.5 / len(test)  # a tie may be rounded otherwise
 
 
-def test_without_balance_nothing_holds_the_marginal(finished, tmp_path):
-    argv = (*FEW, *TRUTH, "--epochs", "1", "--no-balance", "--temperature", "1e4", "1e4")
-    code, _, err = run(finished[0] / "search_mixture", "search_mixture", *argv, "--out",
-                       str(tmp_path))
-    assert (code, err) == (0, "")
-    assert max(json.loads((tmp_path / "log.jsonl").read_text())["p_m"]) > 0.26  # of 4 supernets
+def test_without_balance_nothing_holds_the_marginal(finished):
+    log = (finished[0] / "no-balance/runs/mixture-digits/log.jsonl").read_text().splitlines()
+    assert max(json.loads(log[0])["p_m"]) > 0.26  # of 4 supernets
 
 
 # ------------------------------------------------------------------ kills, Ctrl-C, full disks
 
-MOMENTS = {"train_exhaustive": ["torn 4,3,3-0.json 1", "step 15"],
-           "search_single": ["step 7", "replaced log.jsonl 1", "torn result.json 1"],
-           "search_mixture": ["step 20", "torn checkpoint.pt 2"],
-           "retrain": ["step 15", "torn 4,3,3-0.pt 2"]}
+MOMENTS = {"exhaustive": ["torn 4,3,3-0.json 1", "step 15"],
+           "single": ["step 7", "replaced log.jsonl 1", "torn result.json 1"],
+           "mixture": ["step 60", "torn checkpoint.pt 2"],
+           "no-balance": ["step 60"],
+           "retrain": ["step 15", "torn 4,3,3-0.pt 1"]}
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """As `finished`, but every stage was killed at its MOMENTS and started again."""
+    """As `finished`, but every command was killed at its MOMENTS and started again."""
     folder = tmp_path_factory.mktemp("killed")
     plan = []
-    for stage, argv in COMMANDS.items():
-        (folder / stage).mkdir()
-        plan.append((str(folder / stage), stage, MOMENTS[stage], argv))
+    for name, (stage, *argv) in COMMANDS.items():
+        (folder / name).mkdir()
+        plan.append((str(folder / name), stage, MOMENTS[name], argv))
     done = shell("tests/chaos.py", json.dumps(plan), cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 
 
-@pytest.mark.parametrize("stage", COMMANDS)
-def test_killed_anywhere_the_same_command_ends_with_the_same_bits(stage, finished, killed):
-    assert contents(killed / stage) == contents(finished[0] / stage)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_anywhere_the_same_command_ends_with_the_same_bits(name, finished, killed):
+    assert contents(killed / name) == contents(finished[0] / name)
     assert not list(killed.rglob("*tmp*"))
 
 
@@ -423,11 +353,13 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", tmp_path], check=True)
 
 
-@pytest.mark.parametrize("stage, file, once", [
-    ("search_mixture", "checkpoint.pt", "\nepoch 1 "),
-    ("train_exhaustive", "4,3,3-0.json", "\n4,3,3 seed 0  epoch ")])
-def test_a_full_disk_leaves_the_last_checkpoint(stage, file, once, finished, small_disk,
+@pytest.mark.parametrize("name, file, once", [
+    ("mixture", "checkpoint.pt", "\nepoch 1 "),
+    ("exhaustive", "4,3,3-0.json", "\n4,3,3 seed 0  epoch ")])
+def test_a_full_disk_leaves_the_last_checkpoint(name, file, once, finished, small_disk,
                                                 monkeypatch):
+    command = command_of(name, finished)
+
     def save(path, content, real=common.save):
         if path.name == file and path.with_suffix(".pt").exists():  # there is a checkpoint
             with contextlib.suppress(OSError), open(small_disk / "filler", "wb", 0) as filler:
@@ -437,12 +369,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(stage, file, once, finished, sma
 
     with monkeypatch.context() as patch:
         patch.setattr(common, "save", save)
-        outcome = run(small_disk, stage, *arguments_of(stage, finished))
+        outcome = run(small_disk, *command)
     check_error(outcome, 1, "the same command continues from the last checkpoint")
     (small_disk / "filler").unlink()
-    code, out, err = run(small_disk, stage, *arguments_of(stage, finished))
+    code, out, err = run(small_disk, *command)
     assert (code, err) == (0, "") and once in outcome[1] and once not in out
-    assert contents(small_disk) == contents(finished[0] / stage)
+    assert contents(small_disk) == contents(finished[0] / name)
 
 
 class Bomb:
@@ -451,13 +383,12 @@ class Bomb:
 
 
 @pytest.mark.parametrize("damage", ["cut", "bomb", "zipped bomb"])
-@pytest.mark.parametrize("stage, file", [
-    ("search_single", "config.json"), ("search_single", "result.json"),
-    ("search_single", "checkpoint.pt"), ("train_exhaustive", "networks/4,3,3-0.json"),
-    ("train_exhaustive", "networks/4,3,3-0.pt")])
-def test_damaged_files_are_named_and_left_and_never_executed(stage, file, damage, finished,
+@pytest.mark.parametrize("name, file", [
+    ("single", "config.json"), ("single", "result.json"), ("single", "checkpoint.pt"),
+    ("exhaustive", "networks/4,3,3-0.json"), ("exhaustive", "networks/4,3,3-0.pt")])
+def test_damaged_files_are_named_and_left_and_never_executed(name, file, damage, finished,
                                                              tmp_path):
-    shutil.copytree(finished[0] / stage / "runs", tmp_path / "runs")
+    shutil.copytree(finished[0] / name / "runs", tmp_path / "runs")
     path, = tmp_path.glob(f"runs/*/{file}")
     if path.suffix == ".pt":  # only a run that is not finished reads it
         for finished_file in (path.with_name("result.json"), path.with_suffix(".json")):
@@ -469,7 +400,7 @@ def test_damaged_files_are_named_and_left_and_never_executed(stage, file, damage
     else:
         torch.save({"log": Bomb()}, path)
     before = path.read_bytes()
-    check_error(run(tmp_path, stage, *arguments_of(stage, finished)), 2, file, "damaged or foreign")
+    check_error(run(tmp_path, *command_of(name, finished)), 2, file, "damaged or foreign")
     assert path.read_bytes() == before and not (tmp_path / "executed").exists()
 
 
