@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -83,6 +85,23 @@ def check_error(outcome: tuple[int, str, str], code: int, *messages: str) -> Non
 def command_of(name: str, finished: tuple[Path, dict]) -> list[str]:
     """The command for another folder."""
     return [part.replace("..", str(finished[0])) for part in COMMANDS[name]]
+
+
+def heed_ctrl_c() -> None:
+    """In a new process: one that is started in the background would ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def write_folder(folder: Path, classes=("cat", "dog"), parts=("train", "test"), count=3) -> Path:
+    """Images of 60x40, of value 50 * class + i in the centre square, black beside it."""
+    for part in parts:
+        for label, name in enumerate(classes):
+            (folder / part / name).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                pixels = np.zeros((40, 60, 3), np.uint8)
+                pixels[:, 10:50] = 50 * label + i
+                Image.fromarray(pixels).save(folder / part / name / f"{i}.bmp")
+    return folder
 
 
 def arguments(*argv: str, search: bool = True) -> argparse.Namespace:

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import arguments
+from conftest import arguments, write_folder
 from PIL import Image
 
 import common
@@ -18,18 +18,6 @@ def load(dataset, data_dir, *argv):
     """(train, test) at 16x16 unless `argv` says otherwise."""
     return common.load_dataset(arguments("--dataset", str(dataset), "--data-dir", str(data_dir),
                                          "--image-size", "16", *argv))
-
-
-def write_folder(folder, classes=("cat", "dog"), parts=("train", "test"), count=3, ending="bmp"):
-    """Images of 60x40, of value 50 * class + i in the centre square, black beside it."""
-    for part in parts:
-        for label, name in enumerate(classes):
-            (folder / part / name).mkdir(parents=True, exist_ok=True)
-            for i in range(count):
-                pixels = np.zeros((40, 60, 3), np.uint8)
-                pixels[:, 10:50] = 50 * label + i
-                Image.fromarray(pixels).save(folder / part / name / f"{i}.{ending}")
-    return folder
 
 
 def values(images):

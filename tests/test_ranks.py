@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMMANDS, FEW, ROOT, check_error, command_of, contents, run
+from conftest import COMMANDS, FEW, ROOT, check_error, command_of, contents, heed_ctrl_c, run
 
 import common
 
@@ -100,10 +100,9 @@ def test_many_processes_where_there_can_be_none_are_refused(stage, message, tmp_
 def test_a_rank_that_waits_says_so_and_can_be_ended(end, tmp_path):
     """RANK and WORLD_SIZE are left over, of a cluster's job, say."""
     left_over = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen([sys.executable, "-B", ROOT / "search_mixture.py", *FEW], cwd=tmp_path,
-                          env=os.environ | left_over, stderr=subprocess.PIPE, text=True) as job:
-        signal.signal(signal.SIGINT, before)
+                          env=os.environ | left_over, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=heed_ctrl_c) as job:
         assert "rank 0 waits for 1 others at 127.0.0.1" in job.stderr.readline()
         job.send_signal(end)
         assert job.wait(timeout=20) == -end

@@ -5,7 +5,6 @@ import ast
 import contextlib
 import csv
 import importlib
-import itertools
 import json
 import math
 import os
@@ -23,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (COMMANDS, CONFIGS, FEW, NATIVE, ROOT, SMALL, arguments, check_error,
-                      command_of, contents, run, shell)
+                      command_of, contents, heed_ctrl_c, run, shell, write_folder)
 from PIL import Image
 
 import common
@@ -97,36 +96,26 @@ def test_a_finished_search_is_shown_again_and_other_settings_are_refused(finishe
 def test_a_stopped_run_goes_on_where_it_was_moved_with_its_kernels_if_they_can_be_had(
         tmp_path, monkeypatch):
     """Folder and images have moved; then the kernels cannot be built any more."""
-    folder = tmp_path / "one/my pets"
-    for part, name, i in itertools.product(("train", "test"), ("cat", "dog"), range(16)):
-        (folder / part / name).mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16), (i, 9 * i, 99)).save(folder / part / name / f"{i}.png")
+    folder = tmp_path / "two"
+    write_folder(tmp_path / "one/my pets", count=16)
     argv = ("--image-size", "8", "--width", "0.25", "--epochs", "3", "--batch-size", "8",
-            "--threads", "1", "--configs", *CONFIGS, "--num-supernets", "1")
-
-    def write_log(folder, log, real=common.write_log):
-        real(folder, log)
-        if len(log) == 2:
-            raise KeyboardInterrupt
-
+            "--threads", "1", "--configs", *CONFIGS)
     with monkeypatch.context() as patch:
         patch.setattr(common, "measure_kernels", lambda *_: "fused")  # whatever is faster here
-        patch.setattr(common, "write_log", write_log)
-        assert run(tmp_path / "one", "search_mixture", "--dataset", "my pets", *argv)[0] == 130
-    assert common.load(tmp_path / "one/runs/mixture-my pets/config.json")["settings"]["kernel"] \
-        == "fused"
+        patch.setattr(common, "show_epoch", Mock(side_effect=KeyboardInterrupt))
+        assert run(tmp_path / "one", "search_single", "--dataset", "my pets", *argv)[0] == 130
     monkeypatch.setattr("kernels.load", Mock(side_effect=RuntimeError("no compiler")))
-    (tmp_path / "one").rename(tmp_path / "two")
-    (tmp_path / "two/my pets").rename(tmp_path / "two/pets")
-    code, out, err = run(tmp_path / "two", "search_mixture", "--dataset", "pets", "--out",
-                         "runs/mixture-my pets", *argv)
+    (tmp_path / "one").rename(folder)
+    (folder / "my pets").rename(folder / "pets")
+    code, out, err = run(folder, "search_single", "--dataset", "pets", "--out",
+                         "runs/single-my pets", *argv)
     assert code == 0 and "epochs 2 to 3 of" in out
     assert err == "warning: no fused kernels: no compiler; goes on with native ops, to other bits\n"
-    folder = tmp_path / "two"
+
     _, *argv = shlex.split(re.search("next: python (.*)", out)[1])
     few = ("--epochs", "1", "--seeds", "1", *NATIVE, "--batch-size", "8")
     assert run(folder, "retrain", *argv, *few)[0] == 0
-    argv = ["--from", str(folder / "runs/mixture-my pets"), *few, "--out", "elsewhere"]
+    argv = ["--from", str(folder / "runs/single-my pets"), *few, "--out", "elsewhere"]
     code, out, _ = run(tmp_path, "retrain", *argv)  # the data are found from anywhere
     assert code == 0 and "note: these are other images" not in out
     code, out, _ = run(tmp_path, "retrain", *argv, "--image-size", "10", "--out", "other")
@@ -137,11 +126,9 @@ def test_a_stopped_run_goes_on_where_it_was_moved_with_its_kernels_if_they_can_b
 
 def test_a_cell_is_interrupted_and_run_again_and_one_runs_in_a_thread(tmp_path, monkeypatch):
     """As in a notebook: the traceback keeps the first one's objects alive."""
-    def stop(folder, log):
-        raise KeyboardInterrupt
     argv = [*FEW, "--epochs", "1", "--out", str(tmp_path)]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as kept:
-        patch.setattr(common, "write_log", stop)
+        patch.setattr(common, "write_log", Mock(side_effect=KeyboardInterrupt))
         search_mixture.main(argv)
     thread = threading.Thread(target=search_mixture.main, args=(argv,))
     thread.start()
@@ -328,11 +315,9 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bits(name, finished
 
 def test_a_folder_has_one_process_until_ctrl_c(tmp_path):
     argv = (*FEW, "--epochs", "400")
-    # a job in the background ignores Ctrl-C, and what it starts inherits that
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen([sys.executable, "-B", ROOT / "search_mixture.py", *argv], cwd=tmp_path,
-                          text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as first:
-        signal.signal(signal.SIGINT, before)
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          preexec_fn=heed_ctrl_c) as first:
         assert any("epoch 2 " in line for line in first.stdout)
         check_error(run(tmp_path, "search_mixture", *argv), 2, "another process is writing to")
         first.send_signal(signal.SIGINT)
