@@ -8,6 +8,7 @@ import platform
 import struct
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -98,27 +99,25 @@ def test_split_is_disjoint_stratified_and_reproducible(digits):
 def drawn_with(*argv):
     """What a search with these arguments draws from its streams of --seed."""
     args = arguments(*argv)
-    images, _ = common.load_dataset(args)
-    half, _ = common.split_for_search(images, args)
+    train, _ = common.load_dataset(args)
+    half, _ = common.split_for_search(train, args)
     order, crops = (common.stream(args.seed, name, 0, 0) for name in ("order", "crops"))
-    numbered = common.replace(half, labels=torch.arange(len(images)))
+    numbered = common.replace(half, labels=torch.arange(len(train)))
     passes = numbered.passes(args.batch_size, order, crops)
     batches = itertools.islice(passes, half.num_batches(args.batch_size))
-    network = common.make_network(args, images, True, common.stream_seed(args.seed, "weights", 0))
-    return {"split": half.rows, "order": torch.cat([labels for _, labels in batches]),
-            "next crop": common.draw_pad_crops(1, images.size, True, crops),
+    images, labels = map(torch.cat, zip(*batches))
+    network = common.make_network(args, train, True, common.stream_seed(args.seed, "weights", 0))
+    return {"split": half.rows, "order": labels, "crops": images,
             "weights": network.layers[0].conv.weight}
 
 
 def test_one_setting_does_not_reshuffle_the_others():
     before = drawn_with()
-    for argv, expected in ((["--batch-size", "50"], []), (["--epochs", "3"], []),
-                           (["--image-size", "16"], ["next crop"]),
-                           (["--width", "0.5"], ["weights"]),
-                           (["--split", "0.4"], ["split", "order", "next crop"]),
-                           (["--seed", "1"], ["split", "order", "next crop", "weights"])):
+    for argv, changed in ((["--batch-size", "50", "--epochs", "3"], []),
+                          (["--image-size", "16"], ["crops"]), (["--width", "0.5"], ["weights"]),
+                          (["--seed", "1"], [*before])):
         after = drawn_with(*argv)
-        assert [key for key in before if not torch.equal(before[key], after[key])] == expected
+        assert [key for key in before if not torch.equal(before[key], after[key])] == changed
 
 
 def test_random_streams_are_independent():
@@ -211,14 +210,11 @@ def test_data_sets_from_official_files_then_from_the_cache(name, write, tmp_path
     check(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist", "food101"])
-def test_impossible_download_says_where_the_files_go(name, tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise OSError("no route to host")
-    for module in ("cifar", "mnist", "food101"):
-        monkeypatch.setattr(f"torchvision.datasets.{module}.download_and_extract_archive", fail)
+def test_impossible_download_says_where_the_files_go(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive",
+                        Mock(side_effect=OSError("no route to host")))
     with pytest.raises(common.UserError, match=f"no route to host.*files into {tmp_path}"):
-        common.load_dataset(arguments("--dataset", name, "--data-dir", str(tmp_path)))
+        common.load_dataset(arguments("--dataset", "cifar10", "--data-dir", str(tmp_path)))
 
 
 def write_cache(cache, **arrays):

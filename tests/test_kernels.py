@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, shell
 from torch.utils import cpp_extension
 
 import kernels
 from kernels import pool_conv2d
 
-ROOT = Path(__file__).resolve().parent.parent
 MODES = ("none", "maxpool", "stride")
 compiler = shutil.which(os.environ.get("CXX", "c++"))
 needs_compiler = pytest.mark.skipif(not compiler, reason="no C++ compiler")
@@ -302,9 +302,8 @@ def test_two_imports_of_the_folder_share_the_operators(monkeypatch):
 
 
 def test_benchmark_writes_its_table(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "kernels" / "benchmark.py"), "--layers",
-                           "8,8,8", "--batch", "4", "--repeats", "1", "--no-compile"], cwd=tmp_path,
-                          capture_output=True, text=True)
+    done = shell("kernels/benchmark.py", "--layers", "8,8,8", "--batch", "4", "--repeats", "1",
+                 "--no-compile", cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr, done.stderr  # and no bar in a file
     result = json.loads((tmp_path / "runs/benchmark/benchmark.json").read_text())
     assert len(result["layers"]) == 2 and len(result["steps"]) == 3
