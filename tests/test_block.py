@@ -135,19 +135,19 @@ def test_stem_against_float64(ops, full):
 def test_saved_tensors_may_come_back_in_other_memory(ops):
     """As after torch.autograd.graph.save_on_cpu, and as views that begin anywhere."""
     block, x, grad = make_case(*CASES[2])
-    stem = make_stem(True)
-    cases = [(*stem, x[:, :3], grad[:, :16].repeat(1, 1, 2, 2))]
-    for downsample in ("none", "maxpool"):
-        of_out = grad if downsample == "maxpool" else grad.repeat(1, 1, 2, 2)
-        cases.append((block, lambda x, by=downsample: block(x, by), x, of_out))
-        weight = nn.ParameterList([block.conv1.weight])
-        cases.append((weight, lambda x, by=downsample: pool_conv2d(x, weight[0], by)[0], x, of_out))
-    for layer, forward, x, grad in cases:
+    whole = grad.repeat(1, 1, 2, 2)
+
+    def conv(x, downsample):
+        return pool_conv2d(x, block.conv1.weight, downsample)[0]
+    cases = [(*make_stem(True), x[:, :3], whole[:, :16]),
+             (block, block, x, grad, "maxpool"), (block, block, x, whole, "none"),
+             (block.conv1, conv, x, grad, "maxpool"), (block.conv1, conv, x, whole, "none")]
+    for layer, forward, x, grad, *downsample in cases:
         results = []
         for pack in (torch.Tensor.detach, elsewhere):
             layer.zero_grad()
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                results.append(train(layer, forward, x, pack(grad)))
+                results.append(train(layer, forward, x, pack(grad), *downsample))
         expected, moved = (result[:2 + len(list(layer.parameters()))] for result in results)
         assert_close(moved, [exact.double() for exact in expected], 1e-6)
 
@@ -349,12 +349,10 @@ def test_hooks_see_every_module(downsample, everywhere):
     block = Block(16, 24, True)
     called = []
     modules = [*layers[:2], *list(block.modules())[1:]]
+    register = [module.register_forward_hook for module in modules]
     if everywhere:
-        handles = [nn.modules.module.register_module_forward_hook(
-            lambda module, *_: called.append(module))]
-    else:
-        handles = [module.register_forward_hook(lambda module, *_: called.append(module))
-                   for module in modules]
+        register = [nn.modules.module.register_module_forward_hook]
+    handles = [add(lambda module, *_: called.append(module)) for add in register]
     block(stem(torch.ones(2, 3, 8, 8)), downsample)
     for handle in handles:
         handle.remove()
