@@ -1,5 +1,4 @@
 """kernels/: the operator against float64, its torch rules, its build; CUDA source on a CPU."""
-import errno
 import functools
 import importlib.util
 import json
@@ -13,6 +12,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -232,20 +232,13 @@ def test_what_a_finished_library_is_for(monkeypatch, tmp_path):
         builds.append((folder, name))
         (folder / f"{name}-13.so").write_text("not a library")
 
-    def flock(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
     monkeypatch.setattr(kernels, "_build", build)
-    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError("No locks available")))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     kernels._build_and_load()
     kernels._build_and_load()
     assert builds[0] == builds[1]
-
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\necho another compiler")
-    compiler.chmod(0o700)
-    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("CXX", "echo another compiler")
     kernels._build_and_load()
     for features in ("flags : avx2", "flags : avx2 avx512f", "Features : asimd",
                      "Features : asimd sve"):
@@ -255,14 +248,12 @@ def test_what_a_finished_library_is_for(monkeypatch, tmp_path):
 
 
 def test_the_build_finds_ninja_and_a_compiler_of_several_words(monkeypatch, tmp_path):
-    for name in ("site", "scratch"):
-        (tmp_path / name).mkdir()
-    ninja = tmp_path / "site" / "ninja"
+    ninja = tmp_path / "ninja"
     ninja.touch(0o700)
-    monkeypatch.setitem(sys.modules, "ninja", SimpleNamespace(BIN_DIR=str(ninja.parent)))
-    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "ninja", SimpleNamespace(BIN_DIR=str(tmp_path)))
+    monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("CXX", "/bin/echo -n compile")
-    changes = kernels._environment(tmp_path / "scratch")
+    changes = kernels._environment(tmp_path)
     assert shutil.which("ninja", path=changes["PATH"]) == str(ninja)
     assert subprocess.check_output([changes["CXX"], "a b"], text=True) == "compile a b"
 

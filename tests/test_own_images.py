@@ -1,8 +1,8 @@
 """Folders and files of one's own: what is read, refused, left out, split and cached."""
-import errno
 import os
 import shutil
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -228,20 +228,20 @@ def test_a_file_without_a_test_set(tmp_path):
 def test_a_cache_is_valid_by_content(tmp_path, monkeypatch):
     """Class folders are links to a store, where images are deleted and replaced behind it."""
     write_folder(tmp_path / "store", parts=(".",))
+    folder = tmp_path / "pets"
     for part in ("train", "test"):
-        (tmp_path / "pets" / part).mkdir(parents=True)
+        (folder / part).mkdir(parents=True)
         for name in ("cat", "dog"):
-            (tmp_path / "pets" / part / name).symlink_to(tmp_path / "store" / name)
+            (folder / part / name).symlink_to(tmp_path / "store" / name)
 
-    def loaded(folder="pets"):
-        return values(load(tmp_path / folder, tmp_path / "caches")[0])
+    def loaded():
+        return values(load(folder, tmp_path / "caches")[0])
     assert loaded() == [0, 1, 2, 50, 51, 52]
+    (tmp_path / "elsewhere").mkdir()
+    folder = folder.rename(tmp_path / "elsewhere/pets")
     with monkeypatch.context() as patch:
-        patch.setattr(common, "write_cache", None)
-        (tmp_path / "elsewhere").mkdir()
-        (tmp_path / "pets").rename(tmp_path / "elsewhere/pets")
-        assert loaded("elsewhere/pets") == [0, 1, 2, 50, 51, 52]  # paths do not count
-    (tmp_path / "elsewhere/pets").rename(tmp_path / "pets")
+        patch.setattr(common, "write_cache", None)  # paths do not count
+        assert loaded() == [0, 1, 2, 50, 51, 52]
     (tmp_path / "store/cat/1.bmp").unlink()
     assert loaded() == [0, 2, 50, 51, 52]
     Image.new("RGB", (60, 40), (9, 9, 9)).save(tmp_path / "older.bmp")
@@ -271,11 +271,9 @@ def test_where_nobody_may_write_caches_go_elsewhere(tmp_path, monkeypatch):
 
 
 def test_without_file_locks_there_is_a_warning(tmp_path, monkeypatch, capsys):
-    def flock(file, operation):
-        raise OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError("No locks available")))
     load(write_folder(tmp_path / "pets"), tmp_path)
     monkeypatch.setitem(sys.modules, "fcntl", None)  # Windows
     load(tmp_path / "pets", tmp_path, "--image-size", "17")
     warning, other = capsys.readouterr().err.splitlines()
-    assert "cannot be locked here ([Errno" in warning and "only Linux and macOS" in other
+    assert "cannot be locked here (No locks" in warning and "only Linux and macOS" in other
