@@ -110,10 +110,10 @@ def arguments(*argv: str, search: bool = True) -> argparse.Namespace:
     return common.fill_defaults(args, search)
 
 
-def make_learner(images: common.Images, *argv: str, supernet: bool = True) -> common.Learner:
-    """A quarter of the default network, untrained, unless the arguments say otherwise."""
+def make_learner(images: common.Images, *argv: str) -> common.Learner:
+    """A supernet a quarter as wide as the default network, unless the arguments say otherwise."""
     args = arguments("--width", "0.25", *argv)
-    network = common.make_network(args, images, supernet, seed=0, device=images.device)
+    network = common.make_network(args, images, True, device=images.device)
     return common.Learner(network, args)
 
 

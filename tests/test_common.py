@@ -151,9 +151,8 @@ def write_cifar(name, folder, part, images, labels):
     if name == "cifar10":
         files = ["test_batch"] if part == "test" else [f"data_batch_{i}" for i in range(1, 6)]
     rows = images.transpose(0, 3, 1, 2).reshape(10, 3072)
-    for i, file in enumerate(files):
-        part = slice(i * 10 // len(files), (i + 1) * 10 // len(files))
-        batch = {"data": rows[part], "labels": labels[part], "fine_labels": labels[part]}
+    for file, chosen in zip(files, np.array_split(range(10), len(files))):
+        batch = {"data": rows[chosen], "labels": labels[chosen], "fine_labels": labels[chosen]}
         (base / file).write_bytes(pickle.dumps(batch))
     classes = {"label_names": ["a", "b", "c"], "fine_label_names": ["a", "b", "c"]}
     for file in ("meta", "batches.meta"):
