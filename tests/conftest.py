@@ -1,6 +1,7 @@
 import argparse
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -23,10 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
-import retrain  # noqa: E402
-import search_mixture  # noqa: E402
-import search_single  # noqa: E402
-import train_exhaustive  # noqa: E402
 
 # the smallest search that still does everything: seconds
 SMALL = ["--image-size", "8", "--width", "0.25", "--num-train", "320", "--batch-size", "32"]
@@ -34,8 +31,6 @@ NATIVE = ("--kernel", "native", "--threads", "1")
 CONFIGS = ("1,1,8", "4,3,3", "5,3,2", "8,1,1")
 FEW = (*SMALL, *NATIVE, "--configs", *CONFIGS)
 TRUTH = ("--ground-truth", "../exhaustive/runs/exhaustive-digits/results.csv")
-STAGES = {stage.__name__: stage
-          for stage in (train_exhaustive, search_single, search_mixture, retrain)}
 COMMANDS = {  # each in a folder of its name, in this order: they read what others wrote
     "exhaustive": ("train_exhaustive", *FEW, "--seeds", "2", "--epochs", "2"),
     "single": ("search_single", *FEW, *TRUTH, "--epochs", "4", "--rank-every", "2"),
@@ -64,7 +59,7 @@ def run(folder: Path, stage: str, *argv: str) -> tuple[int, str, str]:
     os.chdir(folder)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            common.run_script(lambda: STAGES[stage].main([*argv]))
+            common.run_script(lambda: importlib.import_module(stage).main([*argv]))
         except SystemExit as end:
             code = end.code
         finally:
@@ -82,9 +77,9 @@ def check_error(outcome: tuple[int, str, str], code: int, *messages: str) -> Non
         assert message in outcome[2]
 
 
-def command_of(name: str, finished: tuple[Path, dict]) -> list[str]:
+def command_of(name: str, finished: Path) -> list[str]:
     """The command for another folder."""
-    return [part.replace("..", str(finished[0])) for part in COMMANDS[name]]
+    return [part.replace("..", str(finished)) for part in COMMANDS[name]]
 
 
 def heed_ctrl_c() -> None:
@@ -174,11 +169,12 @@ def small_images():
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """Every command has run in one process, undisturbed: (folder, what each printed)."""
+    """A folder where every command has run in one process, undisturbed; what it printed is in the
+    file `printed` beside its runs."""
     folder = tmp_path_factory.mktemp("finished")
-    printed = {}
     for name, command in COMMANDS.items():
         (folder / name).mkdir()
-        code, printed[name], err = run(folder / name, *command)
+        code, out, err = run(folder / name, *command)
         assert (code, err) == (0, "")
-    return folder, printed
+        (folder / name / "printed").write_text(out)
+    return folder

@@ -51,7 +51,7 @@ def shared(finished, tmp_path_factory):
 
 @pytest.mark.parametrize("name", SHARED)
 def test_ranks_leave_what_one_process_leaves(name, finished, shared):
-    assert contents(shared / name) == contents(finished[0] / name)
+    assert contents(shared / name) == contents(finished / name)
 
 
 @pytest.mark.parametrize("name", ["mixture", "exhaustive"])
@@ -67,7 +67,7 @@ def test_a_killed_rank_restarts_or_ends_the_job_and_one_process_continues(name, 
     code, out, err = run(tmp_path, stage, *argv)
     assert (code, err) == (0, "")
     assert "\nepoch 1 " not in out and "\n8,1,1 seed 0  epoch 1 " not in out  # both are done
-    assert contents(tmp_path) == contents(finished[0] / name)
+    assert contents(tmp_path) == contents(finished / name)
 
 
 def test_a_rank_ends_well_that_others_have_yet_to_answer(tmp_path):
