@@ -4,8 +4,8 @@
 
 Prints a Markdown table. Runs that differ in nothing but the seed share a row, mean +- standard
 deviation. A short run of train_exhaustive.py is a search, too: all alone.
-- cost: multiply-adds of the training steps, relative to the rows of one supernet with uniform draws
-  (the shortest, if there are several)
+- cost: multiply-adds of the training steps, relative to those expected of one supernet with uniform
+  draws (the shortest such run)
 - tau in n1: Kendall tau over the pairs of configurations of equal n1 alone
 - found: how often one of the three best is among the first four
 - agree: Kendall tau of two runs of the row, mean over the pairs
@@ -139,17 +139,18 @@ def main() -> None:
     truth = common.read_ground_truth(args.ground_truth, list(macs))
     columns = differing_settings(searches)
     for search in searches:
-        search["training_macs"] = sum(sum(entry["steps"]) * entry["macs"]
-                                      for entry in search["ranking"])
-    plain = [search["training_macs"] for search in searches
+        search["steps"] = sum(sum(entry["steps"]) for entry in search["ranking"])
+    plain = [search["steps"] for search in searches
              if search["settings"]["stage"] == "single" and search["settings"]["draw"] == "uniform"]
+    unit = min(plain, default=0) * mean(macs.values())
     rows = {}
     curves = {}  # Kendall taus by row and epoch
     for search in searches:
         search |= judge(search["accuracies"], truth)
-        search["cost"] = search["training_macs"] / min(plain) if plain else None
-        steps = sum(sum(entry["steps"]) for entry in search["ranking"])
-        row = (*[str(search["settings"].get(name, "")) for name in columns], f"{steps:,}")
+        training_macs = sum(sum(entry["steps"]) * entry["macs"] for entry in search["ranking"])
+        search["cost"] = training_macs / unit if unit else None
+        row = (*[str(search["settings"].get(name, "")) for name in columns],
+               f"{search['steps']:,}")
         rows.setdefault(row, []).append(search)
         for line in search["rankings"]:
             ranking = {common.parse_config(name): line["ranking"][name] for name in line["ranking"]}
