@@ -165,9 +165,9 @@ def make_parser(description: str, search: bool) -> Parser:
         add_space(add)
         add("--split", type=number(float, 0.01, 0.99), default=0.5, metavar="FRACTION",
             help="of the training images that trains weights; the rest validates")
-        add("--draw", choices=["uniform", "cost"], default="uniform",
-            help="how often a step trains each configuration: equally, as in the paper, or in "
-            "proportion to its multiply-adds")
+        add("--draw", choices=["cost", "uniform"], default="cost",
+            help="how often a step trains each configuration: in proportion to its multiply-adds, "
+            "which ranks better, or equally, as in the paper")
         add("--ground-truth", metavar="CSV",
             help="results.csv of train_exhaustive.py, to compare the ranking with")
         add("--rank-every", type=number(int, 1), metavar="N",
@@ -879,8 +879,9 @@ def search_space(args: Namespace, images: Images) -> Space:
 
 
 def draw_probabilities(space: Space, draw: str) -> Tensor:
-    """pi(c), how often a step trains each configuration: float64 (C,), of sum 1; draw: "uniform",
-    as in the paper, or "cost", in proportion to its multiply-adds."""
+    """pi(c), how often a step trains each configuration: float64 (C,), of sum 1; draw: "cost", in
+    proportion to its multiply-adds, so that late layers learn at full resolution, too, or
+    "uniform", as in the paper."""
     weights = [space.macs[config] if draw == "cost" else 1 for config in space.configs]
     weights = torch.tensor(weights, dtype=torch.float64)
     return weights / weights.sum()

@@ -1,7 +1,7 @@
 """Stage 2b, the main job: rank every pooling configuration with a balanced mixture of SuperNets.
 
     python search_mixture.py                                       # embedded digits, minutes
-    python search_mixture.py --dataset cifar10 --num-supernets 4   # the paper's protocol
+    python search_mixture.py --dataset cifar10 --num-supernets 4   # --draw uniform: as the paper
     torchrun --nproc-per-node=4 search_mixture.py --dataset cifar10 --num-supernets 4
 
 M supernets train side by side. An assignment P(m|c), learned from validation accuracies and kept

@@ -1,7 +1,7 @@
 """Stage 2a, the baseline: one SuperNet, single-path one-shot (SPOS).
 
     python search_single.py                      # embedded digits, minutes
-    python search_single.py --dataset cifar10    # the paper's protocol
+    python search_single.py --dataset cifar10    # --draw uniform: as in the paper
 
 One set of weights for all configurations: every step draws one (--draw) and trains that path. At
 the end each configuration is evaluated with the shared weights on the validation half.

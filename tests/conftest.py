@@ -37,7 +37,7 @@ COMMANDS = {  # each in a folder of its name, in this order: they read what othe
     # batches of 16: ten rounds an epoch, so that scores are exchanged within it, too
     "mixture": ("search_mixture", *FEW, *TRUTH, "--epochs", "4", "--rank-every", "2",
                 "--batch-size", "16"),
-    "no-balance": ("search_mixture", *FEW, "--epochs", "2", "--no-balance",
+    "no-balance": ("search_mixture", *FEW, "--epochs", "2", "--no-balance", "--draw", "uniform",
                    "--temperature", "1e4", "1e4", "--batch-size", "16"),
     "retrain": ("retrain", "--from", "../mixture/runs/mixture-digits",
                 "../single/runs/single-digits", "--top", "2", *NATIVE, "--seeds", "2",

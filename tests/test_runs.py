@@ -45,6 +45,8 @@ def test_searches_write_what_they_promise_and_all_to_redo_it(kind, steps, finish
     assert result["pick"] == ranking[0]["config"] and result["default"] == "4,3,3"
     # of each supernet: epochs, batches of the training half
     assert np.sum([entry["steps"] for entry in ranking], 0).tolist() == steps
+    trained = {entry["config"]: sum(entry["steps"]) for entry in ranking}
+    assert trained["8,1,1"] > 2 * trained["1,1,8"]  # --draw cost: the dearest most often
     assert {"command", "ranks", "git", "device_name", "versions"} < set(result)
     assert set(result["metrics"]) == {"kendall_tau", "spearman_rho", "pick_rank", "regret"}
 
