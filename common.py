@@ -1707,7 +1707,7 @@ def plot_results(path: Path, accuracies: dict[Config, list[float]], label: str, 
     axes[1].step([costs[config] for config in front], [means[config] for config in front],
                  color="tab:gray", where="post", label="Pareto front")
     plot_dots(axes[1], costs, means, default, names={*front, default} & means.keys())
-    axes[1].set(xlabel="multiply-adds, relative to the default's")
+    axes[1].set(xlabel="multiply-adds, relative to the default's", ylabel=label)
     axes[1].legend()
 
     if truth:
@@ -1723,5 +1723,6 @@ def plot_dots(axes, x: dict[Config, float], y: dict[Config, float], default: Con
         color = "tab:orange" if config == default else "tab:blue"
         axes.plot(x[config], y[config], "o", color=color)
     for config in names:
-        axes.annotate(config_name(config), (x[config], y[config]), fontsize=7)
+        axes.annotate(config_name(config), (x[config], y[config]), (4, 3), fontsize=7,
+                      textcoords="offset points")
     axes.grid(alpha=0.3)
