@@ -1643,7 +1643,7 @@ def report_search(run: Run, space: Space, truth: dict[Config, float] | None) -> 
         save(run.folder / "result.json", result)
     plot_results(run.folder / "ranking.png",
                  {config: [accuracy] for config, accuracy in accuracies.items()},
-                 f"validation accuracy; pick: {result['pick']}", space, truth)
+                 "validation accuracy", space, truth)
 
     print("\nrank  configuration  accuracy  supernet  cost" + "  ground truth" * bool(truth))
     for place, (entry, config) in enumerate(zip(ranking, accuracies), 1):
@@ -1712,7 +1712,7 @@ def plot_results(path: Path, accuracies: dict[Config, list[float]], label: str, 
 
     if truth:
         plot_dots(axes[2], truth, means, default, names=means)
-        axes[2].set(xlabel="test accuracy trained alone", ylabel="validation accuracy")
+        axes[2].set(xlabel="test accuracy trained alone", ylabel=label)
     save_figure(axes[0].figure, path)
 
 
