@@ -537,6 +537,8 @@ def open_npz(path: Path) -> Parts:
             images = images.squeeze(3) if images.shape[3:] == (1,) else images
             labels = np.searchsorted(classes, arrays[f"{part}_labels"].ravel())
             parts[part] = list(zip(images, labels.tolist()))
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file raises many kinds
         raise UserError(f"cannot use {path}, with arrays train_images, train_labels, test_images, "
                         f"test_labels: {error}") from error
@@ -700,8 +702,8 @@ def write_cache(cache: Path, parts: dict, classes: list[str], size: int | None) 
     np.save(temporary / "classes.npy", np.array(classes))
     if unreadable:
         shutil.rmtree(temporary)
-        raise UserError(f"mend or remove the files that cannot be read, {len(unreadable)}: "
-                        + "; ".join(sorted(unreadable)[:20]))
+        raise UserError(f"mend or remove the files that cannot be read, {len(unreadable)}, of "
+                        f"which at most 20 here: {'; '.join(sorted(unreadable)[:20])}")
     os.rename(temporary, cache)
 
 
@@ -1706,7 +1708,8 @@ def plot_results(path: Path, accuracies: dict[Config, list[float]], label: str, 
             front.append(config)
     axes[1].step([costs[config] for config in front], [means[config] for config in front],
                  color="tab:gray", where="post", label="Pareto front")
-    plot_dots(axes[1], costs, means, default, names={*front, default} & means.keys())
+    named = {*front, default} & means.keys() if len(means) > 10 else means
+    plot_dots(axes[1], costs, means, default, named)
     axes[1].set(xlabel="multiply-adds, relative to the default's", ylabel=label)
     axes[1].legend()
 

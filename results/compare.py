@@ -4,9 +4,10 @@
 
 Prints a Markdown table. Runs that differ in nothing but the seed share a row, mean +- standard
 deviation. A short run of train_exhaustive.py is a search, too: all alone.
-- cost: multiply-adds of the training steps, relative to those expected of one supernet with uniform
-  draws (the shortest such run)
+- cost: multiply-adds of the training steps, relative to those of the shortest run of one supernet,
+  as they would be with uniform draws
 - tau in n1: Kendall tau over the pairs of configurations of equal n1 alone
+- regret of 3: that of the best of the first three, as after retraining them
 - found: how often one of the three best is among the first four
 - agree: Kendall tau of two runs of the row, mean over the pairs
 - averaged: Kendall tau and regret of the pick by the ranks averaged over the runs of the row
@@ -24,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import retrain
 
-DIGITS = {"cost": 2, "kendall_tau": 3, "tau in n1": 3, "pick_rank": 1, "regret": 3}
+DIGITS = {"cost": 2, "kendall_tau": 3, "tau in n1": 3, "pick_rank": 1, "regret": 3,
+          "regret of 3": 3}
 
 
 def read_search(folder: Path) -> dict:
@@ -39,7 +41,8 @@ def read_search(folder: Path) -> dict:
         search["rankings"] = [line for line in map(json.loads, lines) if "ranking" in line]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise common.UserError(f"{folder} holds no finished search: {error!r}") from error
-    search["settings"].setdefault("draw", "uniform")  # older versions had nothing else
+    if search["settings"]["stage"] != "exhaustive":
+        search["settings"].setdefault("draw", "uniform")  # older versions had nothing else
     return search
 
 
@@ -49,7 +52,7 @@ def differing_settings(searches: list[dict]) -> list[str]:
     for search in searches:
         for name, value in search["settings"].items():
             values.setdefault(name, set()).add(str(value))
-    ignored = common.NOT_COMPARED | {"seed"}
+    ignored = common.NOT_COMPARED | {"seed", "kernel"}
     return [name for name in values if len(values[name]) > 1 and name not in ignored]
 
 
@@ -60,10 +63,11 @@ def judge(ranking: dict[tuple, float], truth: dict[tuple, float]) -> dict:
         if a[0] == b[0] and truth[a] != truth[b]:
             estimated = (ranking[a] > ranking[b]) - (ranking[a] < ranking[b])
             signs.append(estimated if truth[a] > truth[b] else -estimated)
-    first = sorted(ranking, key=ranking.get, reverse=True)[:4]
+    first = sorted(ranking, key=lambda config: (-ranking[config], config))[:4]
     best = sorted(ranking, key=truth.get, reverse=True)[:3]
     return common.rank_metrics(ranking, truth) | {
         "tau in n1": mean(signs) if signs else None, "found": bool({*first} & {*best}),
+        "regret of 3": truth[best[0]] - max(truth[config] for config in first[:3]),
         "pick": common.config_name(first[0])}
 
 
@@ -81,7 +85,7 @@ def compare_seeds(rows: dict[tuple, list[dict]]) -> None:
             if len(seeds) > 2 and values != reference:
                 difference = mean(values) - mean(reference)
                 print(f"- {', '.join(filter(None, row))} against {', '.join(filter(None, first))}: "
-                      f"{metric} {difference:+.3f}, p = {ttest_rel(values, reference).pvalue:.3f}, "
+                      f"{metric} {difference:+.3f}, p = {ttest_rel(values, reference).pvalue:.2g}, "
                       f"n = {len(seeds)}")
 
 
@@ -140,9 +144,10 @@ def main() -> None:
     columns = differing_settings(searches)
     for search in searches:
         search["steps"] = sum(sum(entry["steps"]) for entry in search["ranking"])
-    plain = [search["steps"] for search in searches
-             if search["settings"]["stage"] == "single" and search["settings"]["draw"] == "uniform"]
-    unit = min(plain, default=0) * mean(macs.values())
+    single = [search for search in searches if search["settings"]["stage"] == "single"]
+    uniform = [search for search in single if search["settings"]["draw"] == "uniform"]
+    steps = min((search["steps"] for search in uniform or single), default=0)
+    unit = steps * mean(macs.values())
     rows = {}
     curves = {}  # Kendall taus by row and epoch
     for search in searches:

@@ -106,7 +106,7 @@ def test_a_stopped_run_goes_on_where_it_was_moved_with_its_kernels_if_they_can_b
     (folder / "my pets").rename(folder / "pets")
     code, out, err = run(folder, "search_single", "--dataset", "pets", "--out",
                          "runs/single-my pets", *argv)
-    assert code == 0 and "epochs 2 to 3 of" in out
+    assert code == 0 and "epochs 2 to 3 of" in out and "native kernels" in out
     assert err == "warning: no fused kernels: no compiler; goes on with native ops, to other bits\n"
 
     _, *argv = shlex.split(re.search("next: python (.*)", out)[1])
@@ -273,9 +273,37 @@ def test_the_trained_network_is_used_and_exported_as_the_readme_says(finished, t
     assert abs(hits / len(test) - expected) < 1.5 / len(test)  # a tie may be rounded otherwise
 
 
-def test_without_balance_nothing_holds_the_marginal(finished):
-    log = (finished / "no-balance/runs/mixture-digits/log.jsonl").read_text().splitlines()
+def test_without_balance_nothing_holds_the_marginal_and_uniform_draws_are_uniform(finished):
+    path = finished / "no-balance/runs/mixture-digits"
+    log = (path / "log.jsonl").read_text().splitlines()
     assert max(json.loads(log[0])["p_m"]) > 0.26  # of 4 supernets
+    ranking = common.load(path / "result.json")["ranking"]
+    trained = [sum(entry["steps"]) for entry in ranking]
+    assert sum(trained) == 80 and 10 < min(trained) <= max(trained) < 30  # 5 deviations around 20
+
+
+def test_compare_prints_the_metrics_of_every_search(finished, tmp_path):
+    folders = {kind: finished / kind / f"runs/{kind}-digits"
+               for kind in ("single", "mixture", "exhaustive")}
+    done = shell("results/compare.py", "--ground-truth", str(folders["exhaustive"] / "results.csv"),
+                 *map(str, folders.values()), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+                        for line in done.stdout.split("\n\n")[0].splitlines()]
+    rows = {row[0]: dict(zip(header, row)) for row in rows}
+    assert [*rows] == [*folders, "by n1", "by multiply-adds"]
+    for kind in ("single", "mixture"):
+        result = common.load(folders[kind] / "result.json")
+        assert rows[kind]["picks"] == result["pick"]
+        assert rows[kind]["kendall_tau"] == f"{result['metrics']['kendall_tau']:.3f}"
+        assert rows[kind]["regret"] == f"{result['metrics']['regret']:.3f}"
+        macs = np.array([entry["macs"] for entry in result["ranking"]])
+        steps = np.sum([entry["steps"] for entry in result["ranking"]], 1)
+        assert rows[kind]["cost"] == f"{macs @ steps / (20 * macs.mean()):.2f}"
+    assert rows["exhaustive"]["kendall_tau"] == "1.000"  # against itself
+    assert rows["exhaustive"]["found"] == "1 of 1"
+    assert rows["by multiply-adds"]["picks"] == "8,1,1"
+    assert (tmp_path / "compare.png").stat().st_size > 10_000
 
 
 # ------------------------------------------------------------------ kills, Ctrl-C, full disks
