@@ -52,7 +52,7 @@ def differing_settings(searches: list[dict]) -> list[str]:
     for search in searches:
         for name, value in search["settings"].items():
             values.setdefault(name, set()).add(str(value))
-    ignored = common.NOT_COMPARED | {"seed", "kernel"}
+    ignored = common.NOT_COMPARED | {"seed", "kernel", "data"}  # num_train tells of other data
     return [name for name in values if len(values[name]) > 1 and name not in ignored]
 
 
