@@ -69,7 +69,14 @@ def build_emulation():
             struct CUDAGuard { CUDAGuard(at::Device) {} };
             inline void* getCurrentCUDAStream() { return nullptr; }
             }
-            """ + text)
+            """ + text + """
+            TORCH_LIBRARY_FRAGMENT(emulated, m) {
+              m.def("scratch", [](int64_t channels, int64_t batch, int64_t side) {
+                const int n = batch, s = side, c = channels;
+                return pool_conv::grad_weight_partial_floats({n, s, s, s, s, s, s, c, c, 1});
+              });
+            }
+            """)
         cuda = Path(folder, "cuda.cpp")
         cuda.write_text('#include "cuda_emulation.h"\n#include "pool_conv.cu"\n')
         cpp_extension.load("emulated", [str(binding), str(cuda)], build_directory=folder,
@@ -305,6 +312,15 @@ def test_benchmark_writes_its_table(tmp_path):
 
 # ----------------------------------------------------------------------------------------- CUDA
 
+@pytest.mark.parametrize("ops", ["emulated"], indirect=True)
+def test_a_forward_pass_needs_little_scratch(ops):
+    x = torch.ones(1, 256, 2, 2)
+    weight = torch.ones(256, 256, 3, 3).to(memory_format=torch.channels_last)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        ops.norm_conv(x, None, weight, None, None, 1e-5, 0, True)
+    assert max(event.cpu_memory_usage for event in profile.events()) < 1e6
+
+
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
 def test_nvcc_accepts_the_kernels(tmp_path):
     command = ("nvcc -std=c++17 -gencode arch=compute_75,code=sm_75 -gencode "
@@ -335,3 +351,10 @@ def test_cuda_kernels_against_float64(ops, monkeypatch, downsample, plain, dtype
         results = run(ops, x, weight, downsample, grad_y, grad_pooled)
         for one, exact in zip(results, reference(x, weight, downsample, grad_y, grad_pooled)):
             assert distance(one, exact) <= tolerance
+
+
+def test_scratch_memory_of_a_weight_gradient_stays_small():
+    build_emulation()
+    megabytes = [torch.ops.emulated.scratch(channels, 8192, 8) * 4 / 2 ** 20
+                 for channels in (3, 16, 64, 512, 1024)]
+    assert max(megabytes[:3]) < 10 and megabytes[3:] == [9, 36]  # or as large as the weight
