@@ -34,15 +34,16 @@ def read_search(folder: Path) -> dict:
     log = folder / "log.jsonl"
     try:
         search = json.loads((folder / "result.json").read_text())
-        accuracy = "test_accuracy" if search["settings"]["stage"] == "exhaustive" else "accuracy"
+        accuracy = "test_accuracy"
+        if search["settings"]["stage"] != "exhaustive":
+            accuracy = "accuracy"
+            search["settings"].setdefault("draw", "uniform")  # older versions had nothing else
         search["accuracies"] = {common.parse_config(entry["config"]): entry[accuracy]
                                 for entry in search["ranking"]}
         lines = log.read_text().splitlines() if log.exists() else []
         search["rankings"] = [line for line in map(json.loads, lines) if "ranking" in line]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise common.UserError(f"{folder} holds no finished search: {error!r}") from error
-    if search["settings"]["stage"] != "exhaustive":
-        search["settings"].setdefault("draw", "uniform")  # older versions had nothing else
     return search
 
 
