@@ -115,6 +115,7 @@ def test_one_setting_does_not_reshuffle_the_others():
     before = drawn_with()
     for argv, changed in ((["--batch-size", "50", "--epochs", "3"], []),
                           (["--image-size", "16"], ["crops"]), (["--width", "0.5"], ["weights"]),
+                          (["--split", "0.4"], ["split", "order", "crops"]),
                           (["--seed", "1"], [*before])):
         after = drawn_with(*argv)
         assert [key for key in before if not torch.equal(before[key], after[key])] == changed
