@@ -913,15 +913,18 @@ def measure_kernels(args: Namespace, space: Space, images: Images) -> str:
     """"fused" or "native", whichever is faster in training steps with the default and the dearest
     configuration; with a warning "native" if fused kernels cannot be built, fail, or have an
     output or a gradient much further from float64's than native ops have."""
-    def step(network: Network, amp: str) -> list[Tensor]:
+    def step(network: Network, amp: str) -> list[tuple[Tensor, float]]:
         results = []
         for config in (space.default, max(space.configs, key=space.macs.get)):
             network.zero_grad()
             with autocast(args.device, amp):
                 logits = network(pixels.to(next(network.parameters()).dtype), config)
             F.cross_entropy(logits, labels).backward()
-            results += [logits.detach(), *(p.grad for p in network.parameters())]
-        return [result.double().cpu() for result in results]
+            results.append((logits.detach().double().cpu(), 0.02))
+            # where two pixels of a pool are equal but for rounding, either may get the gradient:
+            # with native ops, too, 0.02 to 0.2 of it differ in one run of ten
+            results += [(p.grad.double().cpu(), 0.5) for p in network.parameters()]
+        return results
 
     try:
         use_kernel("fused")
@@ -941,8 +944,9 @@ def measure_kernels(args: Namespace, space: Space, images: Images) -> str:
             start = time.perf_counter()
             results[kernel] = step(network, args.amp)
             seconds[kernel] = time.perf_counter() - start
-        for fused, native, value in zip(results["fused"], results["native"], exact):
-            if not (fused - value).norm() <= 4 * (native - value).norm() + 0.02 * value.norm():
+        compared = zip(results["fused"], results["native"], exact)
+        for (fused, share), (native, _), (value, _) in compared:
+            if not (fused - value).norm() <= 4 * (native - value).norm() + share * value.norm():
                 raise RuntimeError("an output or a gradient is wrong")
     except Exception as error:
         if kernels is None:
