@@ -66,7 +66,9 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
-    except (TrainingError, OSError) as error:  # the latter: a full disk, say
+    except (TrainingError, torch.OutOfMemoryError) as error:  # the latter: a GPU's
+        sys.exit("error: " + " ".join(str(error).split()))
+    except OSError as error:  # a full disk, say
         sys.exit(f"error: {error}; the same command continues from the last checkpoint")
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
@@ -923,7 +925,8 @@ def measure_kernels(args: Namespace, space: Space, images: Images) -> str:
             results.append((logits.detach().double().cpu(), 0.02))
             # where two pixels of a pool are equal but for rounding, either may get the gradient:
             # with native ops, too, 0.02 to 0.2 of it differ in one run of ten
-            results += [(p.grad.double().cpu(), 0.5) for p in network.parameters()]
+            results += [(p.grad.double().cpu(), 0.5) for p in network.parameters()
+                        if p.grad is not None]
         return results
 
     try:
@@ -932,8 +935,9 @@ def measure_kernels(args: Namespace, space: Space, images: Images) -> str:
         print(f"warning: {error}; native ops are used, slower", file=sys.stderr)
         return "native"
     network = make_network(args, images, supernet="split" in args)
-    count = args.batch_size if torch.device(args.device).type == "cuda" else 8  # enough for a CPU
-    pixels, labels = images.batch(torch.arange(min(count, len(images)), device=images.rows.device))
+    count = 32 if torch.device(args.device).type == "cuda" else 8  # enough; float64 takes memory
+    count = min(count, args.batch_size, len(images))
+    pixels, labels = images.batch(torch.arange(count, device=images.rows.device))
     use_kernel("native")
     exact = step(copy.deepcopy(network).double(), "off")
     seconds = {}
@@ -1098,7 +1102,8 @@ class Network(nn.Module):
 
     layers: modules, layer(x, downsample) with "none" or `self.downsample`, the first always "none";
     head(x): logits of the last layer's output; default_config: whose sum is the number of layers,
-    and what a call without a configuration takes; in a supernet, `batch_norm`.
+    and what a call without a configuration takes; in a supernet, `batch_norm`. No dropout: its
+    draws would be of no stream of --seed, and searches evaluate in training mode.
     """
     layers: nn.ModuleList
     default_config: Config
@@ -1311,7 +1316,7 @@ def read_steps(steps: list[tuple[str, Tensor]], network: nn.Module) -> Tensor:
     TrainingError naming the first whose numbers are not finite, or the last if a weight is not."""
     if not steps:  # of a supernet that was never drawn
         return torch.zeros(0, 3, dtype=torch.float64)
-    advice = "the checkpoint of the last epoch is kept; a smaller learning rate usually helps"
+    advice = "a smaller learning rate, with another --out, usually helps"
     values = torch.stack([numbers for _, numbers in steps]).cpu()
     for (where, _), row in zip(steps, values):
         if not row.isfinite().all():
@@ -1496,6 +1501,7 @@ class Run:
             if settings[path] not in (None, *DATASET_PROTOCOLS):
                 settings[path] = os.path.abspath(settings[path])
         self.record = {"settings": settings} | environment(args)
+        barrier()  # all have read config.json
         if rank == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -1547,14 +1553,11 @@ def environment(args: Namespace) -> dict:
 def collect_results(folder: Path) -> list[dict]:
     """results.csv, a row a finished network, from the networks' json files; its rows."""
     columns = ["config", "seed", "test_accuracy", "train_accuracy", "train_loss"]
-    rows = []
-    for path in (folder / "networks").glob("[0-9]*.json"):  # no tmp-*, of another rank
-        network = load(path)
-        merged = network["history"][-1] | network
-        rows.append({column: merged[column] for column in columns})
+    paths = (folder / "networks").glob("[0-9]*.json")  # no tmp-*, of another rank
+    rows = [network["history"][-1] | network for network in map(load, paths)]
     rows.sort(key=lambda row: (row["seed"], parse_config(row["config"])))
     with replacing(folder / "results.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
     return rows

@@ -171,11 +171,9 @@ def main(argv: list[str] | None = None) -> None:
     if rank > 0:
         return
 
-    accuracies = {config: [] for config in configs}
-    for row in common.collect_results(run.folder):
-        config = common.parse_config(row["config"])
-        if row["seed"] in seeds and config in accuracies:
-            accuracies[config].append(row["test_accuracy"])
+    rows = [row for row in common.collect_results(run.folder) if row["seed"] in seeds]
+    of_all = common.by_config(rows)  # also those of a larger --top
+    accuracies = {config: of_all[config] for config in configs}
     default = config_name(space.default)
     entries = compare(accuracies, space)
     common.save(run.folder / "result.json", run.record | {

@@ -7,7 +7,7 @@
 M supernets train side by side. An assignment P(m|c), learned from validation accuracies and kept
 balanced so that no supernet starves, leads each configuration to a supernet whose weights suit it.
 An epoch is one pass of every supernet over the training half: M supernets cost M times one. Under
-torchrun each rank owns an equal part of the supernets and exchanges nothing but scores.
+torchrun each rank owns an equal part of the supernets; within an epoch they exchange only scores.
 
 Writes runs/mixture-<dataset>/: config.json, log.jsonl (a line an epoch), checkpoint.pt,
 supernets.pt (the weights), result.json (the ranking, the pick), ranking.png, assignment.png.
@@ -30,7 +30,7 @@ from common import (Config, Images, Learner, Run, UserError, config_name, number
                     world)
 
 # Rounds between two exchanges of scores. The draws of an interval use the scores that were known
-# when the one before it began, so they are 8 to 16 rounds old (of 196 in an epoch of CIFAR-10), and
+# when the one before it began, so they are up to 16 rounds old (of 196 in an epoch of CIFAR-10), and
 # a rank waits for another only where that is a whole interval behind.
 INTERVAL = 8
 

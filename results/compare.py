@@ -4,8 +4,8 @@
 
 Prints a Markdown table. Runs that differ in nothing but the seed share a row, mean +- standard
 deviation. A short run of train_exhaustive.py is a search, too: all alone.
-- cost: multiply-adds of the training steps, relative to those of the shortest run of one supernet,
-  as they would be with uniform draws
+- cost: multiply-adds of the training steps, relative to those of the shortest run of one supernet
+  (with uniform draws, if there is one), as they would be with uniform draws
 - tau in n1: Kendall tau over the pairs of configurations of equal n1 alone
 - regret of 3: that of the best of the first three, as after retraining them
 - found: how often one of the three best is among the first four
@@ -53,7 +53,8 @@ def differing_settings(searches: list[dict]) -> list[str]:
     for search in searches:
         for name, value in search["settings"].items():
             values.setdefault(name, set()).add(str(value))
-    ignored = common.NOT_COMPARED | {"seed", "kernel", "data"}  # num_train tells of other data
+    # dataset and num_train tell of other data
+    ignored = common.NOT_COMPARED - {"dataset"} | {"seed", "kernel", "data"}
     return [name for name in values if len(values[name]) > 1 and name not in ignored]
 
 
@@ -81,13 +82,13 @@ def compare_seeds(rows: dict[tuple, list[dict]]) -> None:
     for row in others:
         seeds = sorted(by_seed[first].keys() & by_seed[row].keys())
         for metric in ("kendall_tau", "regret"):
-            values, reference = ([by_seed[one][seed][metric] for seed in seeds]
-                                 for one in (row, first))
-            if len(seeds) > 2 and values != reference:
-                difference = mean(values) - mean(reference)
+            pairs = [(by_seed[row][seed][metric], by_seed[first][seed][metric]) for seed in seeds]
+            pairs = [pair for pair in pairs if None not in pair]  # a tau that is undefined
+            if len(pairs) > 2 and any(value != reference for value, reference in pairs):
+                values, references = zip(*pairs)
                 print(f"- {', '.join(filter(None, row))} against {', '.join(filter(None, first))}: "
-                      f"{metric} {difference:+.3f}, p = {ttest_rel(values, reference).pvalue:.2g}, "
-                      f"n = {len(seeds)}")
+                      f"{metric} {mean(values) - mean(references):+.3f}, "
+                      f"p = {ttest_rel(values, references).pvalue:.2g}, n = {len(pairs)}")
 
 
 def mean_and_spread(values: list[float | None], digits: int) -> str:
@@ -110,8 +111,8 @@ def together(searches: list[dict], truth: dict[tuple, float]) -> list[str]:
     rankings = [search["accuracies"] for search in searches]
     averaged = {config: -rank for config, rank in retrain.average_ranks(rankings).items()}
     found = judge(averaged, truth)
-    agreement = common.mean_tau(rankings)
-    return [f"{agreement:.3f}", f"{found['kendall_tau']:.3f}, {found['regret']:.3f}"]
+    return [mean_and_spread([common.mean_tau(rankings)], 3),
+            f"{mean_and_spread([found['kendall_tau']], 3)}, {found['regret']:.3f}"]
 
 
 def plot(columns: list[str], curves: dict[tuple, dict[int, list[float]]], path: Path) -> None:
@@ -141,6 +142,7 @@ def main() -> None:
     for search in searches:
         for entry in search["ranking"]:
             macs[common.parse_config(entry["config"])] = entry["macs"]
+    macs = dict(sorted(macs.items()))  # the first of equal ones is the pick
     truth = common.read_ground_truth(args.ground_truth, list(macs))
     columns = differing_settings(searches)
     for search in searches:

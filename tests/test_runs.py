@@ -306,6 +306,24 @@ def test_compare_prints_the_metrics_of_every_search(finished, tmp_path):
     assert (tmp_path / "compare.png").stat().st_size > 10_000
 
 
+def test_compare_takes_a_search_whose_accuracies_are_all_equal(finished, tmp_path):
+    rng = np.random.default_rng(0)
+    for kind in ("single", "mixture"):
+        for seed in range(4):
+            result = common.load(finished / kind / f"runs/{kind}-digits/result.json")
+            result["settings"]["seed"] = seed
+            for entry in result["ranking"]:
+                entry["accuracy"] = 0.1 if (kind, seed) == ("mixture", 2) else rng.random()
+            (tmp_path / f"{kind}-{seed}").mkdir()
+            common.save(tmp_path / f"{kind}-{seed}/result.json", result)
+    done = shell("results/compare.py", "--ground-truth",
+                 str(finished / "exhaustive/runs/exhaustive-digits/results.csv"),
+                 *map(str, sorted(tmp_path.iterdir(), reverse=True)), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search("mixture.*: kendall_tau .*, n = 3\n", done.stdout)
+    assert re.search("mixture.*: regret .*, n = 4\n", done.stdout)
+
+
 # ------------------------------------------------------------------ kills, Ctrl-C, full disks
 
 MOMENTS = {"exhaustive": ["torn 4,3,3-0.json 1", "step 15"],
@@ -417,8 +435,14 @@ def test_damaged_files_are_named_and_left_and_never_executed(name, file, damage,
     ("train_exhaustive", ("3e38",), "epoch 1, step 2, ")])
 def test_a_loss_that_is_not_finite_stops_the_run(stage, lr, place, tmp_path):
     check_error(run(tmp_path, stage, *FEW, "--epochs", "2", "--lr", *lr), 1, "is not finite at ",
-                f"{place}configuration ", "a smaller learning rate usually helps")
+                f"{place}configuration ", "a smaller learning rate, with another --out, usually")
     assert not list(tmp_path.rglob("result.json")) and not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_full_gpu_is_one_line(tmp_path, monkeypatch):
+    error = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+    monkeypatch.setattr(common.Learner, "step", Mock(side_effect=error))
+    check_error(run(tmp_path, "search_single", *FEW), 1, "CUDA out of memory. Tried to allocate")
 
 
 def test_a_weight_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
