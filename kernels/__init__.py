@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 __all__ = ["BuildError", "basic_block", "load", "pool_conv", "pool_conv2d", "stem"]
 MODES = {"none": 0, "maxpool": 1, "stride": 2}
@@ -39,15 +40,17 @@ def pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
                 downsample: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
     """3x3 convolution, padding 1, no bias, that may downsample: (y, pooled).
 
-    x: (N,C_in,H,W), any strides, best channels_last; weight: (C_out,C_in,3,3); both floating and
-    of one dtype and device. "none": y = conv(x), pooled is x. "maxpool": pooled = maxpool2x2(x),
-    y = conv(pooled). "stride": y = conv(x) with stride 2, pooled is x. Gradients flow into x
-    through both outputs, and into weight. Outputs are channels_last. A NaN or infinity in x spoils
-    at least the outputs that it spoils in torch, and up to a tile of 4x4 around them.
+    x: (N,C_in,H,W), any strides, best channels_last; weight: (C_out,C_in,3,3); both floating (on
+    CUDA not float64) and of one dtype and device. "none": y = conv(x), pooled is x. "maxpool":
+    pooled = maxpool2x2(x), y = conv(pooled). "stride": y = conv(x) with stride 2, pooled is x.
+    Gradients flow into x through both outputs, and into weight. What is computed is channels_last.
+    On a CPU a NaN or infinity in x spoils at least the outputs that it spoils in torch, and up to a
+    tile of 4x4 around them.
     Raises TypeError, ValueError, BuildError.
     """
     check_arguments(x, weight, downsample)
-    if x.is_meta:  # torch's operators, so that its FlopCounterMode counts them
+    # torch's operators, which its FlopCounterMode counts, and which forward mode can differentiate
+    if x.is_meta or forward_ad._current_level >= 0:
         return native_pool_conv2d(x, weight, downsample)
 
     given = x

@@ -2,12 +2,12 @@
 // rules for autocast and vmap are in __init__.py.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
 #include "pool_conv.h"
 
 #ifdef WITH_CUDA
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
 
@@ -66,6 +66,7 @@ constexpr auto NHWC = at::MemoryFormat::ChannelsLast, OIHW = at::MemoryFormat::C
 struct Arguments {
   const Tensor& x;
   at::MemoryFormat of_weight = OIHW;
+  c10::DeviceGuard guard{x.device()};  // what is allocated and launched is on it
 
   MaybeTensor image(const char* name, const MaybeTensor& t, at::IntArrayRef sizes) const {
     return take(name, t, sizes, x.scalar_type(), at::MemoryFormat::ChannelsLast);
@@ -238,11 +239,15 @@ void check(const char* message) { TORCH_CHECK(!message, "pool_conv2d: CUDA says 
 Layer layer(const Tensor& in, const Tensor& weight, int64_t mode, int64_t x_height,
             int64_t x_width) {
   auto size = [](int64_t n) { return static_cast<int>(n); };
-  const int stride = mode == STRIDE ? 2 : 1, height = size(in.size(2)), width = size(in.size(3));
-  TORCH_CHECK_VALUE(in.size(0) * ((height + 7) / 8) * ((width + 7) / 8) < (int64_t(1) << 31),
+  const int64_t height = in.size(2), width = in.size(3), stride = mode == STRIDE ? 2 : 1;
+  constexpr int64_t LIMIT = int64_t(1) << 31;  // tiles, and places in an image, are counted as int
+  TORCH_CHECK_VALUE(in.size(0) * ((height + 7) / 8) * ((width + 7) / 8) < LIMIT,
                     "pool_conv2d: too many images in one call");
-  return {size(in.size(0)), size(x_height), size(x_width), height, width, (height - 1) / stride + 1,
-          (width - 1) / stride + 1, size(in.size(1)), size(weight.size(0)), stride};
+  TORCH_CHECK_VALUE((height + 8) * (width + 8) * std::max(in.size(1), weight.size(0)) < LIMIT,
+                    "pool_conv2d: an image is too large");
+  return {size(in.size(0)), size(x_height), size(x_width), size(height), size(width),
+          size((height - 1) / stride + 1), size((width - 1) / stride + 1), size(in.size(1)),
+          size(weight.size(0)), size(stride)};
 }
 
 const void* data_of(const MaybeTensor& x) { return x ? x->const_data_ptr() : nullptr; }
@@ -250,14 +255,13 @@ const void* data_of(const MaybeTensor& x) { return x ? x->const_data_ptr() : nul
 Normalised norm_conv_cuda(const Tensor& x, const MaybeTensor& norm, const Tensor& weight,
                           const MaybeTensor& gamma, const MaybeTensor& beta, double eps,
                           int64_t mode, bool normalise) {
-  const c10::cuda::CUDAGuard guard(x.device());
   auto [pooled, argmax] = empty_pooled(x, mode);
   const Tensor in = mode == MAXPOOL ? pooled : x;
   const Layer g = layer(in, weight, mode, x.size(2), x.size(3));
   Tensor y = empty_nhwc({g.batch, g.c_out, g.y_height, g.y_width}, x);
   Tensor norm_y = rows(normalise ? NORM_ROWS : 0, g.c_out, x);
   Tensor partial = rows(1, normalise ? forward_partial_floats(g) : 0, x);
-  check(launch_forward(type_of(x), g, false, {x.const_data_ptr(), data(norm)},
+  check(launch_forward(type_of(x), g, {x.const_data_ptr(), data(norm)},
                        weight.const_data_ptr(), y.mutable_data_ptr(), pooled.mutable_data_ptr(),
                        mode == MAXPOOL ? argmax.mutable_data_ptr<uint8_t>() : nullptr,
                        {data(gamma), data(beta), eps}, partial.mutable_data_ptr<float>(),
@@ -272,7 +276,6 @@ Outputs norm_conv_backward_cuda(const Tensor& grad, const MaybeTensor& out, cons
                                 const MaybeTensor& argmax, const MaybeTensor& extra,
                                 const MaybeTensor& extra_out, int64_t mode, int64_t height,
                                 int64_t width, bool want_x, bool want_weight) {
-  const c10::cuda::CUDAGuard guard(x.device());
   const bool pool = mode == MAXPOOL;
   const Layer g = layer(x, weight, mode, pool ? height : x.size(2), pool ? width : x.size(3));
   Tensor grad_x = at::empty({0}, x.options()), grad_weight = grad_x;
@@ -316,9 +319,8 @@ Gradients backward_cuda(const Tensor& grad_y, const MaybeTensor& grad_pooled, co
 
 Tensor moments_cuda(const Tensor& y, const MaybeTensor& gamma, const MaybeTensor& beta,
                     double eps) {
-  const c10::cuda::CUDAGuard guard(y.device());
   Tensor norm = rows(NORM_ROWS, y.size(1), y), partial = rows(PARTIAL_ROWS, y.size(1), y);
-  check(launch_moments(type_of(y), pixels(y), y.size(1), y.const_data_ptr(),
+  check(launch_moments(pixels(y), y.size(1), y.const_data_ptr<float>(),
                        {data(gamma), data(beta), eps}, partial.mutable_data_ptr<float>(),
                        norm.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
   return norm;
@@ -326,24 +328,22 @@ Tensor moments_cuda(const Tensor& y, const MaybeTensor& gamma, const MaybeTensor
 
 Tensor finish_cuda(const Tensor& y, const Tensor& norm, const MaybeTensor& r,
                    const MaybeTensor& norm_r) {
-  const c10::cuda::CUDAGuard guard(y.device());
   Tensor out = empty_nhwc(y.sizes(), y);
-  check(launch_finish(type_of(y), pixels(y), y.size(1), y.const_data_ptr(),
-                      norm.const_data_ptr<float>(), data_of(r), data(norm_r),
-                      out.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  check(launch_finish(pixels(y), y.size(1), y.const_data_ptr<float>(),
+                      norm.const_data_ptr<float>(), data(r), data(norm_r),
+                      out.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
   return out;
 }
 
 Gradients finish_backward_cuda(const Tensor& grad, const Tensor& out, const Tensor& y,
                                const Tensor& norm, const MaybeTensor& gamma, const MaybeTensor& r,
                                const MaybeTensor& norm_r, const MaybeTensor& gamma_r) {
-  const c10::cuda::CUDAGuard guard(y.device());
   Tensor partial = rows(PARTIAL_ROWS, y.size(1), y);
   auto sums = [&](const Tensor& y, const Tensor& norm, const MaybeTensor& gamma) {
     Tensor back = rows(BACK_ROWS, y.size(1), y);
     check(launch_finish_backward(
-        type_of(y), pixels(y), y.size(1), {grad.const_data_ptr(), nullptr, out.const_data_ptr()},
-        y.const_data_ptr(), norm.const_data_ptr<float>(), data(gamma),
+        pixels(y), y.size(1), {grad.const_data_ptr(), nullptr, out.const_data_ptr()},
+        y.const_data_ptr<float>(), norm.const_data_ptr<float>(), data(gamma),
         partial.mutable_data_ptr<float>(), back.mutable_data_ptr<float>(),
         c10::cuda::getCurrentCUDAStream()));
     return back;
@@ -353,13 +353,12 @@ Gradients finish_backward_cuda(const Tensor& grad, const Tensor& out, const Tens
 
 Tensor apply_backward_cuda(const Tensor& grad, const MaybeTensor& out, const Tensor& y,
                            const Tensor& back) {
-  const c10::cuda::CUDAGuard guard(y.device());
   Tensor grad_y = empty_nhwc(y.sizes(), y);
   check(launch_apply_backward(
-      type_of(y), pixels(y), y.size(1),
+      pixels(y), y.size(1),
       {grad.const_data_ptr(), nullptr, data_of(out), y.const_data_ptr(),
        back.const_data_ptr<float>()},
-      grad_y.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+      grad_y.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream()));
   return grad_y;
 }
 #endif

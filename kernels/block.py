@@ -4,7 +4,7 @@
 
 Normalised activations are never stored: a convolution's output pass yields the sums that its
 normalisation needs, and the next convolution makes its input from that output, forward and again
-backward. With T one pass over a tensor of the block's size, an identity block takes
+backward. With T one pass over a tensor of the block's size, an identity block takes on a CPU
 
     forward   conv1 2 T, conv2 2 T, end (normalise, add, ReLU) 3 T
     backward  sums for norm2 3 T, conv2 5 T, conv1 6 T                     21 T in all
@@ -82,8 +82,8 @@ def _can_fuse(x: torch.Tensor, convs: list[Module], norms: list[Module],
     by = 2 if downsample == "maxpool" else 1
     return (downsample != "stride"
             and _is_plain_tensor(x)
+            and x.device.type in ("cpu", "cuda")  # on "meta" torch counts operations
             and x.dtype == torch.float32
-            and not x.is_meta  # torch counts operations there
             and not torch.is_autocast_enabled(x.device.type)
             # of one value a channel there are no statistics; of none, torch has an opinion
             and x.dim() == 4 and len(x) * (x.shape[2] // by) * (x.shape[3] // by) > 1
@@ -99,9 +99,8 @@ def _can_fuse(x: torch.Tensor, convs: list[Module], norms: list[Module],
 
 def _is_plain_tensor(x: torch.Tensor) -> bool:
     """No subclass (a fake one, say), and nothing that would look into the operators: a transform of
-    torch.func, forward-mode differentiation, torch.jit.trace. On a CPU or CUDA."""
+    torch.func, forward-mode differentiation, torch.jit.trace."""
     return (type(x) in (torch.Tensor, torch.nn.Parameter)
-            and x.device.type in ("cpu", "cuda", "meta")
             and not torch._C._are_functorch_transforms_active()
             and forward_ad._current_level < 0 and not torch.jit.is_tracing())
 
@@ -126,9 +125,8 @@ def pool_conv(x: torch.Tensor, conv: Module,
     """(conv(p), p), where p is x, for "maxpool" maxpool2x2(x); for "stride", conv has twice its
     stride in this call. By `pool_conv2d` where that computes what the module does, else the module
     is called."""
-    # pool_conv2d can be compiled; on CUDA it has no float64
-    fits = (torch.compiler.is_compiling() or _is_plain_tensor(x)
-            and not (x.is_cuda and x.dtype == torch.float64))
+    fits = ((x.device.type == "cpu" or x.is_cuda and x.dtype != torch.float64)
+            and (torch.compiler.is_compiling() or _is_plain_tensor(x)))  # it can be compiled
     if fits and _is_plain_conv(conv, 3):
         return pool_conv2d(x, conv.weight, downsample)
     p = F.max_pool2d(x, 2) if downsample == "maxpool" else x

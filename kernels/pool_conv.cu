@@ -19,32 +19,29 @@
 //
 // What the kernels need, counted from the PTX by a model of an H100 (4 instructions a cycle and
 // multiprocessor, 32 banks, 67 TFLOP/s, 3.35 TB/s). No GPU has run this file. Microseconds of the
-// dearest of instructions, arithmetic, shared memory and memory; batch 128; before -> now, where
-// "before" had scalar loads and stores, and 64 shares of the weight's gradient:
+// dearest of instructions, arithmetic, shared memory and memory; batch 128:
 //   float32, in a training step of a block    16->16 @ 32x32   32->32 @ 16x16   64->64 @ 8x8
-//     conv_tiled, first convolution             28.9 -> 15.5     25.8 -> 13.9   24.9 -> 13.4
-//     conv_tiled, gradient of the second        33.9 -> 17.3     28.8 -> 14.4   27.3 -> 13.7
-//     grad_weight_partial, of the second        81.0 -> 16.3     20.0 -> 16.3   19.6 -> 16.3
-//     norm_rows, back_rows (a division counts    0.3 -> 0.3       0.2 -> 0.2     0.1 -> 0.1
-//       as one instruction; now 256 threads, none of them in the loop)
-//     column_sums, elementwise (memory)         15.0 -> 15.0      7.6 -> 7.6     3.8 -> 3.8
-//     the block, both ways                       293 -> 115       156 -> 99      152 -> 93
+//     conv_tiled, first convolution                15.5             13.9            13.4
+//     conv_tiled, gradient of the second           17.3             14.4            13.7
+//     grad_weight_partial, of the second           16.3             16.3            16.3
+//     norm_rows, back_rows                          0.3              0.2             0.1
+//     column_sums, elementwise (memory)            15.0              7.6             3.8
+//     the block, both ways                          115               99              93
 //   bfloat16, alone
-//     conv_tiled, forward (tensor cores)        28.3 ->  4.4                     24.9 ->  2.7
-//     grad_weight_partial                       65.9 -> 15.2                     16.6 -> 15.2
-// The five layers' blocks together (the two left out: 143 -> 90, 123 -> 79): 867 -> 477.
+//     conv_tiled, forward (tensor cores)            4.4                              2.7
+//     grad_weight_partial                          15.2                             15.2
 //
-// With normalisation, ReLU and add fused, a block moves 21 tensors of its size in a training step,
-// 7 forward and 14 backward; operator by operator it is 44 (block.py counts them). Nine blocks,
-// counted as identity blocks, three of 16 channels at 32x32, of 32 at 16x16 and of 64 at 8x8, batch
-// 128, float32: 3 * 21 * (8.4 + 4.2 + 2.1) MB = 925 MB, on an H100 276 us (operator by operator
-// 1.9 GB, 578 us). Their arithmetic is 31 GFLOP: 465 us in float32, 32 us on bf16 tensor cores.
+// With normalisation, ReLU and add fused, a block moves 27 tensors of its size in a training step,
+// 7 forward and 20 backward, since the gradients of input and weight each read what they are made
+// of; operator by operator it is 44. Nine blocks, counted as identity blocks, three of 16 channels
+// at 32x32, of 32 at 16x16 and of 64 at 8x8, batch 128, float32: 3 * 27 * (8.4 + 4.2 + 2.1) MB =
+// 1.19 GB, on an H100 355 us (operator by operator 1.9 GB, 578 us). Their arithmetic is 31 GFLOP:
+// 465 us in float32, 32 us on bf16 tensor cores.
 //
 // Kernels, from simple to fast:
-//   pool_plain, conv_plain   a thread an output element; the reference on the device
 //   grad_input_plain         a thread an input element, gathering; used for stride 2
-//   elementwise, column_sums a block's end and its way back; a thread four channels of a pixel, or
-//                            of a share of the pixels
+//   elementwise, column_sums a block's end and its way back, float32; a thread four channels of a
+//                            pixel, or of a share of the pixels
 //   norm_rows, back_rows     a block a channel: adds up the sums, in double, in a fixed order
 //   grad_weight_partial      a block: all taps of 16 x 16 channels over a fixed share of the tiles,
 //                            of which there are as many as fill the GPU; a thread: one c, four k,
@@ -235,40 +232,6 @@ __device__ inline void take(float value, int place, float& best, float& index) {
     best = value;
     index = place;
   }
-}
-
-template <typename T>
-__global__ void pool_plain(Layer g, const T* x, T* pooled, uint8_t* argmax) {
-  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= int64_t(g.batch) * g.height * g.width * g.c_in) return;
-  const int c = at % g.c_in, j = at / g.c_in % g.width, i = at / g.c_in / g.width % g.height;
-  const int64_t n = at / g.c_in / g.width / g.height;
-  const T* corner = x + ((n * g.x_height + 2 * i) * g.x_width + 2 * j) * g.c_in + c;
-  float best = to_float(corner[0]);
-  float index = 0;
-  for (int q = 1; q < 4; q++)
-    take(to_float(corner[(int64_t(q / 2) * g.x_width + q % 2) * g.c_in]), q, best, index);
-  pooled[at] = from_float<T>(best);
-  argmax[at] = index;
-}
-
-template <typename T>
-__global__ void conv_plain(Layer g, const T* x, const T* weight, T* y) {
-  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= int64_t(g.batch) * g.y_height * g.y_width * g.c_out) return;
-  const int k = at % g.c_out, j = at / g.c_out % g.y_width;
-  const int i = at / g.c_out / g.y_width % g.y_height;
-  const int64_t n = at / g.c_out / g.y_width / g.y_height;
-  float sum = 0;
-  for (int a = 0; a < 3; a++)
-    for (int b = 0; b < 3; b++) {
-      const int row = g.stride * i + a - 1, column = g.stride * j + b - 1;
-      if (row < 0 || row >= g.height || column < 0 || column >= g.width) continue;
-      const T* pixel = x + ((n * g.height + row) * g.width + column) * g.c_in;
-      for (int c = 0; c < g.c_in; c++)
-        sum += to_float(pixel[c]) * to_float(weight[(int64_t(k) * 9 + 3 * a + b) * g.c_in + c]);
-    }
-  y[at] = from_float<T>(sum);
 }
 
 template <typename T>
@@ -650,9 +613,9 @@ struct Quads {
 };
 
 // to = relu(normalised y + r), where r may be normalised, too; or, without norm, to = `from`
-template <typename T>
 __global__ void elementwise(int64_t pixels, int channels, Source from, const float* norm,
-                            const T* __restrict__ r, const float* norm_r, T* __restrict__ to) {
+                            const float* __restrict__ r, const float* norm_r,
+                            float* __restrict__ to) {
   const Quads by(channels);
   const int row = threadIdx.x / by.quads;
   const int c = (blockIdx.y * by.quads + threadIdx.x % by.quads) * 4, left = channels - c;
@@ -660,7 +623,7 @@ __global__ void elementwise(int64_t pixels, int channels, Source from, const flo
   const bool wide = channels % 4 == 0;
   if (row >= by.rows || pixel >= pixels || left <= 0) return;
   Four<float> value[1];
-  fetch4<T>(from, at, {0}, c, channels, wide, value);
+  fetch4<float>(from, at, {0}, c, channels, wide, value);
   if (norm) {
     const Scaling of_y(norm, SCALE, SHIFT, c, channels, wide);
     for (int q = 0; q < 4; q++) value[0].v[q] = of_y(value[0].v[q], q);
@@ -679,9 +642,8 @@ __global__ void elementwise(int64_t pixels, int channels, Source from, const flo
 
 // grid: (parts, channels / 1024); a block: `share` pixels. A Part a channel and block, of y for its
 // moments; or, with `grad`, of the gradient and its products with y - center
-template <typename T>
-__global__ void column_sums(int64_t pixels, int64_t share, int channels, Source grad, const T* y,
-                            const float* norm, float* partial) {
+__global__ void column_sums(int64_t pixels, int64_t share, int channels, Source grad,
+                            const float* y, const float* norm, float* partial) {
   __shared__ float found[8 * 256];
   const Quads by(channels);
   const int row = threadIdx.x / by.quads;
@@ -696,7 +658,7 @@ __global__ void column_sums(int64_t pixels, int64_t share, int channels, Source 
   for (int64_t p = begin + row; p < end && row < by.rows && left > 0; p += by.rows) {
     const Four<float> v = load4(y + p * channels + c, left, wide);
     Four<float> value[1] = {v};
-    if (grad.x) fetch4<T>(grad, p * channels + c, {0}, c, channels, wide, value);
+    if (grad.x) fetch4<float>(grad, p * channels + c, {0}, c, channels, wide, value);
     for (int q = 0; q < 4; q++) {
       const float d = value[0].v[q] - pivot.v[q];
       mine[q] += d;
@@ -746,13 +708,6 @@ const char* failure() {  // of the launches so far, or null
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Null, or why the kernels cannot take this layer: they count within an image in 32 bits
-const char* refused(const Layer& g) {
-  const int64_t pixels = int64_t(g.height + TILE) * (g.width + TILE);
-  const bool fits = pixels * std::max(g.c_in, g.c_out) < int64_t(1) << 31;
-  return fits ? nullptr : "an image is too large";
-}
-
 unsigned blocks(int64_t threads) { return (threads + 255) / 256; }
 
 int64_t groups(const Layer& g) {
@@ -780,20 +735,10 @@ void tiled(const Layer& g, const Source& x, const void* weight, void* y, void* p
 }
 
 template <typename T>
-void forward(const Layer& g, bool plain, const Source& x, const void* weight, void* y, void* pooled,
+void forward(const Layer& g, const Source& x, const void* weight, void* y, void* pooled,
              uint8_t* argmax, const Affine& affine, float* partial, float* norm_y,
              cudaStream_t stream) {
   const bool pool = argmax != nullptr, wide = g.c_out > 16;
-  if (plain) {
-    const int64_t pixels = int64_t(g.batch) * g.height * g.width * g.c_in;
-    if (pool)
-      LAUNCH(pool_plain<T>, dim3(blocks(pixels)), dim3(256), stream, g, static_cast<const T*>(x.x),
-             static_cast<T*>(pooled), argmax);
-    LAUNCH(conv_plain<T>, dim3(blocks(int64_t(g.batch) * g.y_height * g.y_width * g.c_out)),
-           dim3(256), stream, g, static_cast<const T*>(pool ? pooled : x.x),
-           static_cast<const T*>(weight), static_cast<T*>(y));
-    return;
-  }
   const auto run = pool ? (wide ? tiled<T, 32, 1, true, false> : tiled<T, 16, 1, true, false>)
       : g.stride == 2 ? tiled<T, 32, 2, false, false>
                       : (wide ? tiled<T, 32, 1, false, false> : tiled<T, 16, 1, false, false>);
@@ -835,23 +780,20 @@ void grad_weight(const Layer& g, const Source& x, const Source& grad_y, float* p
          static_cast<const float*>(partial), static_cast<T*>(result));
 }
 
-template <typename T>
 void run_elementwise(int64_t pixels, int channels, const Source& from, const float* norm,
-                     const void* r, const float* norm_r, void* to, cudaStream_t stream) {
+                     const float* r, const float* norm_r, float* to, cudaStream_t stream) {
   const Quads by(channels);
-  LAUNCH(elementwise<T>, dim3((pixels + by.rows - 1) / by.rows, (channels + 1023) / 1024),
-         dim3(256), stream, pixels, channels, from, norm, static_cast<const T*>(r), norm_r,
-         static_cast<T*>(to));
+  LAUNCH(elementwise, dim3((pixels + by.rows - 1) / by.rows, (channels + 1023) / 1024), dim3(256),
+         stream, pixels, channels, from, norm, r, norm_r, to);
 }
 
 // Returns the number of parts
-template <typename T>
-int64_t run_column_sums(int64_t pixels, int channels, const Source& grad, const void* y,
+int64_t run_column_sums(int64_t pixels, int channels, const Source& grad, const float* y,
                         const float* norm, float* partial, cudaStream_t stream) {
   const int64_t share = (pixels + MOST_PARTS - 1) / MOST_PARTS;
   const int64_t parts = (pixels + share - 1) / share;
-  LAUNCH(column_sums<T>, dim3(parts, (channels + 1023) / 1024), dim3(256), stream, pixels, share,
-         channels, grad, static_cast<const T*>(y), norm, partial);
+  LAUNCH(column_sums, dim3(parts, (channels + 1023) / 1024), dim3(256), stream, pixels, share,
+         channels, grad, y, norm, partial);
   return parts;
 }
 
@@ -869,14 +811,11 @@ int64_t grad_weight_partial_floats(const Layer& g) { return shares(g) * groups(g
   (type == FLOAT32 ? function<float> : type == FLOAT16 ? function<__half> \
                                                        : function<__nv_bfloat16>)(__VA_ARGS__)
 
-const char* launch_forward(Type type, const Layer& g, bool plain, const Source& x,
-                           const void* weight, void* y, void* pooled, uint8_t* argmax,
-                           const Affine& affine, float* partial, float* norm_y, void* stream) {
-  if (x.norm && argmax) return "a normalised input cannot be max-pooled";
-  if (plain && (x.norm || norm_y)) return "the reference kernels do not normalise";
-  if (const char* message = refused(g)) return message;
+const char* launch_forward(Type type, const Layer& g, const Source& x, const void* weight, void* y,
+                           void* pooled, uint8_t* argmax, const Affine& affine, float* partial,
+                           float* norm_y, void* stream) {
   if (g.batch && g.c_out)
-    BY_TYPE(forward, g, plain, x, weight, y, pooled, argmax, affine, partial, norm_y,
+    BY_TYPE(forward, g, x, weight, y, pooled, argmax, affine, partial, norm_y,
             cudaStream_t(stream));
   return failure();
 }
@@ -885,9 +824,6 @@ const char* launch_grad_input(Type type, const Layer& g, const Source& grad_y, c
                               const uint8_t* argmax, const Source& extra, void* grad_x,
                               const Source& x, const float* gamma, float* partial, float* back_x,
                               void* stream) {
-  if (g.stride == 2 && (grad_y.out || grad_y.back || argmax || extra.x || back_x))
-    return "with a stride only the convolution has a way back";
-  if (const char* message = refused(g)) return message;
   if (g.batch && g.c_in)
     BY_TYPE(grad_input, g, grad_y, weight, argmax, extra, grad_x, x, gamma, partial, back_x,
             cudaStream_t(stream));
@@ -896,45 +832,43 @@ const char* launch_grad_input(Type type, const Layer& g, const Source& grad_y, c
 
 const char* launch_grad_weight(Type type, const Layer& g, const Source& x, const Source& grad_y,
                                float* partial, void* result, void* stream) {
-  if (const char* message = refused(g)) return message;
   if (g.c_in && g.c_out)
     BY_TYPE(grad_weight, g, x, grad_y, partial, result, cudaStream_t(stream));
   return failure();
 }
 
-const char* launch_moments(Type type, int64_t pixels, int channels, const void* y,
-                           const Affine& affine, float* partial, float* norm, void* stream) {
+const char* launch_moments(int64_t pixels, int channels, const float* y, const Affine& affine,
+                           float* partial, float* norm, void* stream) {
   if (!pixels || !channels) return nullptr;
   const int64_t parts =
-      BY_TYPE(run_column_sums, pixels, channels, {}, y, nullptr, partial, cudaStream_t(stream));
+      run_column_sums(pixels, channels, {}, y, nullptr, partial, cudaStream_t(stream));
   LAUNCH(norm_rows, dim3(channels), dim3(256), cudaStream_t(stream), parts, channels, partial,
          affine, norm);
   return failure();
 }
 
-const char* launch_finish(Type type, int64_t pixels, int channels, const void* y, const float* norm,
-                          const void* r, const float* norm_r, void* out, void* stream) {
+const char* launch_finish(int64_t pixels, int channels, const float* y, const float* norm,
+                          const float* r, const float* norm_r, float* out, void* stream) {
   if (!pixels || !channels) return nullptr;
-  BY_TYPE(run_elementwise, pixels, channels, {y}, norm, r, norm_r, out, cudaStream_t(stream));
+  run_elementwise(pixels, channels, {y}, norm, r, norm_r, out, cudaStream_t(stream));
   return failure();
 }
 
-const char* launch_finish_backward(Type type, int64_t pixels, int channels, const Source& grad,
-                                   const void* y, const float* norm, const float* gamma,
+const char* launch_finish_backward(int64_t pixels, int channels, const Source& grad,
+                                   const float* y, const float* norm, const float* gamma,
                                    float* partial, float* back, void* stream) {
   if (!pixels || !channels) return nullptr;
   const int64_t parts =
-      BY_TYPE(run_column_sums, pixels, channels, grad, y, norm, partial, cudaStream_t(stream));
+      run_column_sums(pixels, channels, grad, y, norm, partial, cudaStream_t(stream));
   LAUNCH(back_rows, dim3(channels), dim3(256), cudaStream_t(stream), parts, channels, partial,
          norm, gamma, back);
   return failure();
 }
 
-const char* launch_apply_backward(Type type, int64_t pixels, int channels, const Source& grad,
-                                  void* grad_y, void* stream) {
+const char* launch_apply_backward(int64_t pixels, int channels, const Source& grad, float* grad_y,
+                                  void* stream) {
   if (!pixels || !channels) return nullptr;
-  BY_TYPE(run_elementwise, pixels, channels, grad, nullptr, nullptr, nullptr, grad_y,
-          cudaStream_t(stream));
+  run_elementwise(pixels, channels, grad, nullptr, nullptr, nullptr, grad_y, cudaStream_t(stream));
   return failure();
 }
 

@@ -138,13 +138,12 @@ struct Source {
 // Each launches on `stream` (a cudaStream_t) and returns CUDA's message if that failed, else null.
 // Weights are NHWC, too: (c_out,3,3,c_in). A tensor whose channels are a multiple of four begins at
 // a multiple of 16 bytes. partial: scratch, as many floats as the function named after the launch
-// says. What a kernel would ignore is refused with a message.
+// says.
 
-// argmax: null unless the layer max-pools. plain: the reference kernels, for an x without norm.
-// norm_y: null, or y's rows to fill
-const char* launch_forward(Type type, const Layer& g, bool plain, const Source& x,
-                           const void* weight, void* y, void* pooled, uint8_t* argmax,
-                           const Affine& affine, float* partial, float* norm_y, void* stream);
+// argmax: null unless the layer max-pools an x without norm. norm_y: null, or y's rows to fill
+const char* launch_forward(Type type, const Layer& g, const Source& x, const void* weight, void* y,
+                           void* pooled, uint8_t* argmax, const Affine& affine, float* partial,
+                           float* norm_y, void* stream);
 int64_t forward_partial_floats(const Layer& g);  // with norm_y; else none
 // grad_x has the layer input's size; extra: null, or what of the gradient of `pooled` (of x,
 // without argmax) comes from elsewhere. With an odd x_height or x_width and argmax, grad_x must be
@@ -160,16 +159,16 @@ const char* launch_grad_weight(Type type, const Layer& g, const Source& x, const
                                float* partial, void* result, void* stream);
 int64_t grad_weight_partial_floats(const Layer& g);
 
-// As the functions of these names above; partial: PARTIAL_ROWS * channels floats
+// As the functions of these names above, float32; partial: PARTIAL_ROWS * channels floats
 constexpr int PARTIAL_ROWS = 4 * 256;
-const char* launch_moments(Type type, int64_t pixels, int channels, const void* y,
-                           const Affine& affine, float* partial, float* norm, void* stream);
-const char* launch_finish(Type type, int64_t pixels, int channels, const void* y, const float* norm,
-                          const void* r, const float* norm_r, void* out, void* stream);
-const char* launch_finish_backward(Type type, int64_t pixels, int channels, const Source& grad,
-                                   const void* y, const float* norm, const float* gamma,
+const char* launch_moments(int64_t pixels, int channels, const float* y, const Affine& affine,
+                           float* partial, float* norm, void* stream);
+const char* launch_finish(int64_t pixels, int channels, const float* y, const float* norm,
+                          const float* r, const float* norm_r, float* out, void* stream);
+const char* launch_finish_backward(int64_t pixels, int channels, const Source& grad,
+                                   const float* y, const float* norm, const float* gamma,
                                    float* partial, float* back, void* stream);
-const char* launch_apply_backward(Type type, int64_t pixels, int channels, const Source& grad,
-                                  void* grad_y, void* stream);
+const char* launch_apply_backward(int64_t pixels, int channels, const Source& grad, float* grad_y,
+                                  void* stream);
 
 }  // namespace pool_conv

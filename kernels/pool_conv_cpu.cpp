@@ -210,7 +210,8 @@ struct Work {  // of a thread: scratch, and what it will read or write soon
   std::vector<Stream> streams;
   int64_t fetches = 1;
   void plan(const Tiles& tiles, int64_t images, int64_t passes) {
-    fetches = 36 * passes * std::max<int64_t>(1, images * tiles.per_image / ROWS);
+    fetches = 36 * std::max<int64_t>(1, passes) *
+              std::max<int64_t>(1, images * tiles.per_image / ROWS);
     streams.clear();
   }
   void soon(const float* p, int64_t from, int64_t floats) {
