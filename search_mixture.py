@@ -30,8 +30,8 @@ from common import (Config, Images, Learner, Run, UserError, config_name, number
                     world)
 
 # Rounds between two exchanges of scores. The draws of an interval use the scores that were known
-# when the one before it began, so they are up to 16 rounds old (of 196 in an epoch of CIFAR-10), and
-# a rank waits for another only where that is a whole interval behind.
+# when the one before it began, so they are up to 16 rounds old (of 196 in an epoch of CIFAR-10),
+# and a rank waits for another only where that is a whole interval behind.
 INTERVAL = 8
 
 
@@ -74,14 +74,6 @@ def balance(scores: torch.Tensor, temperature: float, tolerance: float, draw: to
             break
         log_p = torch.log_softmax(log_p - log_marginal, 1)
     return log_p.exp()
-
-
-def assign(scores: torch.Tensor, temperature: float, draw: torch.Tensor,
-           args: argparse.Namespace) -> torch.Tensor:
-    """P(m|c), float64 (C,M), balanced or, with --no-balance, the softmax as it is."""
-    if args.balance:
-        return balance(scores, temperature, args.tolerance, draw)
-    return torch.softmax(temperature * scores, 1)
 
 
 def draw_rounds(assignment: torch.Tensor, draw: torch.Tensor, rounds: int, balanced: bool,
@@ -226,6 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     scores = merged[:, own.start:own.stop].to(args.device, copy=True)  # this rank's columns of W
 
     draw = common.draw_probabilities(space, args.draw)  # pi(c)
+    tolerance = args.tolerance if args.balance else math.inf  # inf: the softmax as it is
     rounds = train.num_batches(args.batch_size)
     snapshots = {round(1 + part * (args.epochs - 1) / 5) for part in range(6)}
     print(f"{count} supernets, epochs {len(log) + 1} to {args.epochs} of {rounds} rounds:",
@@ -245,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
         checking = {m: validation.passes(args.batch_size, checks[m]) for m in own}
         numbers = {m: [] for m in own}
         for begin in range(0, rounds, INTERVAL):
-            assignment = assign(merged, temperature, draw, args)
+            assignment = balance(merged, temperature, tolerance, draw)
             exchange = Exchange(scores)
             drawn = draw_rounds(assignment, draw, min(INTERVAL, rounds - begin), args.balance,
                                 draws)
@@ -267,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
             dist.all_reduce(totals)
         loss, train_accuracy, val_accuracy = (totals.sum(0) / (rounds * count)).tolist()
         merged = Exchange(scores).result()
-        assignment = assign(merged, temperature, draw, args)
+        assignment = balance(merged, temperature, tolerance, draw)
         seconds = time.perf_counter() - start
         line = {"epoch": epoch + 1, "train_loss": loss, "train_accuracy": train_accuracy,
                 "val_accuracy": val_accuracy, "lr": lr, "temperature": temperature,
@@ -291,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
         common.show_epoch(bar, log, args.epochs)
     bar.close()
 
-    assignment = assign(merged, log[-1]["temperature"], draw, args)
+    assignment = balance(merged, log[-1]["temperature"], tolerance, draw)
     accuracies, owners = evaluate_owned(learners, assignment, configs, validation, args)
     states = collect({m: learner.network.state_dict() for m, learner in learners.items()})
     if rank == 0:

@@ -1,5 +1,6 @@
 """The algorithm of search_mixture.py: balance, draws, scores, steps that never wait."""
 import contextlib
+import math
 
 import numpy as np
 import pytest
@@ -55,6 +56,8 @@ def test_balance_is_stable_at_high_temperature(scores, kind):
     marginal = pi @ found
     assert found.isfinite().all() and torch.allclose(found.sum(1), torch.ones(len(found)).double())
     assert torch.allclose(marginal, torch.full_like(marginal, 1 / scores.shape[1]), atol=0.02)
+    as_it_is = balance(scores, 300.0, math.inf, pi)  # --no-balance
+    assert torch.allclose(as_it_is, torch.softmax(300 * scores, 1))
 
 
 def test_balance_ends_at_its_cap():
