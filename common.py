@@ -63,11 +63,10 @@ def run_script(main: Callable[[], None]) -> None:
     """Call `main()`; what may be expected to go wrong ends with one line and an exit code."""
     try:
         main()
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except (TrainingError, torch.OutOfMemoryError) as error:  # the latter: a GPU's
-        sys.exit("error: " + " ".join(str(error).split()))
+    except (UserError, TrainingError, torch.OutOfMemoryError) as error:  # the last: a GPU's
+        message = " ".join(str(error).split())
+        sys.stderr.write(f"error: {message}\n")  # at once: ranks fail together
+        sys.exit(2 if isinstance(error, UserError) else 1)
     except OSError as error:  # a full disk, say
         sys.exit(f"error: {error}; the same command continues from the last checkpoint")
     except KeyboardInterrupt:
@@ -915,19 +914,17 @@ def measure_kernels(args: Namespace, space: Space, images: Images) -> str:
     """"fused" or "native", whichever is faster in training steps with the default and the dearest
     configuration; with a warning "native" if fused kernels cannot be built, fail, or have an
     output or a gradient much further from float64's than native ops have."""
-    def step(network: Network, amp: str) -> list[tuple[Tensor, float]]:
-        results = []
+    def step(network: Network, amp: str) -> tuple[list[Tensor], list[Tensor]]:
+        outputs = []
+        gradients = []
         for config in (space.default, max(space.configs, key=space.macs.get)):
             network.zero_grad()
             with autocast(args.device, amp):
                 logits = network(pixels.to(next(network.parameters()).dtype), config)
             F.cross_entropy(logits, labels).backward()
-            results.append((logits.detach().double().cpu(), 0.02))
-            # where two pixels of a pool are equal but for rounding, either may get the gradient:
-            # with native ops, too, 0.02 to 0.2 of it differ in one run of ten
-            results += [(p.grad.double().cpu(), 0.5) for p in network.parameters()
-                        if p.grad is not None]
-        return results
+            outputs.append(logits.detach().double().cpu())
+            gradients += [p.grad.double().cpu() for p in network.parameters() if p.grad is not None]
+        return outputs, gradients
 
     try:
         use_kernel("fused")
@@ -948,10 +945,12 @@ def measure_kernels(args: Namespace, space: Space, images: Images) -> str:
             start = time.perf_counter()
             results[kernel] = step(network, args.amp)
             seconds[kernel] = time.perf_counter() - start
-        compared = zip(results["fused"], results["native"], exact)
-        for (fused, share), (native, _), (value, _) in compared:
-            if not (fused - value).norm() <= 4 * (native - value).norm() + share * value.norm():
-                raise RuntimeError("an output or a gradient is wrong")
+        # where two pixels of a pool are equal but for rounding, either may get the gradient: with
+        # native ops, too, 0.02 to 0.2 of it differ in one run of ten
+        for share, *of_kind in zip((0.02, 0.5), results["fused"], results["native"], exact):
+            for fused, native, value in zip(*of_kind):
+                if not (fused - value).norm() <= 4 * (native - value).norm() + share * value.norm():
+                    raise RuntimeError("an output or a gradient is wrong")
     except Exception as error:
         if kernels is None:
             raise
