@@ -177,6 +177,9 @@ def make_parser(description: str, search: bool) -> Parser:
     add = parser.add_argument_group("run").add_argument
     add("--out", help="run folder; None: runs/<stage>-<dataset>")
     add("--seed", type=number(int, 0, 2 ** 62), default=0, help="origin of every random stream")
+    if not search:
+        add("--seeds", type=number(int, 1, 1000), default=1, metavar="N",
+            help="networks a configuration, seeds --seed, --seed + 1, ...")
     add("--metric", choices=["accuracy", "balanced"], default="accuracy",
         help="that ranks and tests: of all images, or the mean of the classes' accuracies")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -1678,7 +1681,7 @@ def report_search(run: Run, space: Space, truth: dict[Config, float] | None) -> 
     script = str(Path(__file__).with_name("retrain.py"))
     if result["settings"]["arch"] not in RESNETS:  # known only to the script that adds it
         script = sys.argv[0]
-    print("next:", shlex.join(["python", script, "--from", str(run.folder)]))
+    print("next:", shlex.join(["python", script, "--from", str(run.folder), "--top", "3"]))
 
 
 def save_figure(figure, path: Path) -> None:
@@ -1702,7 +1705,9 @@ def plot_results(path: Path, accuracies: dict[Config, list[float]], label: str, 
     shown = [config for i, config in enumerate(order) if i < 40 or config == default]
     rows = {config: row for row, config in enumerate(shown)}
     for config, row in rows.items():
-        axes[0].plot(accuracies[config], [row] * len(accuracies[config]), "|", color="tab:gray")
+        values = accuracies[config]
+        axes[0].plot(values, [row] * len(values), "|", color="tab:gray")
+        axes[1].plot([costs[config]] * len(values), values, "_", color="tab:gray")
     plot_dots(axes[0], means, rows, default)
     axes[0].set_yticks(range(len(shown)), map(config_name, shown), fontsize=7)
     axes[0].invert_yaxis()

@@ -74,9 +74,7 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[di
     choice.add_argument("--config", metavar="N,N,N", help="the configuration, e.g. 5,3,2")
     parser.add_argument("--top", type=number(int, 1), default=1, metavar="K",
                         help="train the first K of the ranking of --from")
-    parser.add_argument("--seeds", type=number(int, 1, 1000), default=3, metavar="N",
-                        help="networks a configuration, seeds --seed, --seed + 1, ...")
-
+    parser.set_defaults(seeds=3)
     source = parser.parse_args(argv).source
     settings, rankings = read_searches(source) if source else ({}, [])
     # the search's settings become the defaults of a second reading
@@ -129,6 +127,13 @@ def compare(accuracies: dict[Config, list[float]], space: Space) -> dict[str, di
     return entries
 
 
+def shown(entries: dict[str, dict], sign: int) -> list[str]:
+    """The configurations shown to be better (sign 1) or worse (-1) than the default: 5 % level, by
+    Holm's p."""
+    return [name for name, entry in entries.items()
+            if entry.get("p_holm", 1) < 0.05 and sign * entry["difference"] > 0]
+
+
 def conclusion(entries: dict[str, dict]) -> str:
     """One sentence: what the comparison shows, and what it cannot."""
     if len(entries) == 1:
@@ -136,14 +141,14 @@ def conclusion(entries: dict[str, dict]) -> str:
     tested = {name: entry for name, entry in entries.items() if "p_holm" in entry}
     if not tested:
         return "Nothing can be concluded from a difference without spread: give more --seeds."
-    better = [f"{name} ({entry['difference']:+.4f} at {entry['cost']:.2f} times the cost)"
-              for name, entry in tested.items()
-              if entry["p_holm"] < 0.05 and entry["difference"] > 0]
+    better = [f"{name} ({entries[name]['difference']:+.4f} at {entries[name]['cost']:.2f} times "
+              "the cost)" for name in shown(entries, 1)]
     half = mean((entry["interval"][1] - entry["interval"][0]) / 2 for entry in tested.values())
     seeds = next(iter(tested.values()))["seeds"]
     return (f"Shown to beat the default (5 % level, Holm over {len(tested)}): "
-            f"{', '.join(better) or 'none'}; {seeds} seeds tell differences above about {half:.4f} "
-            "from chance, for these epochs and this data alone.")
+            f"{', '.join(better) or 'none'}; to be worse: "
+            f"{', '.join(shown(entries, -1)) or 'none'}; with {seeds} seeds a difference below "
+            f"about {half:.4f} goes unseen, and all this is for these epochs and this data.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -172,8 +177,8 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     rows = [row for row in common.collect_results(run.folder) if row["seed"] in seeds]
-    of_all = common.by_config(rows)  # also those of a larger --top
-    accuracies = {config: of_all[config] for config in configs}
+    accuracies = {config: values for config, values in common.by_config(rows).items()
+                  if len(values) == args.seeds}  # also those of a larger --top or a --config
     default = config_name(space.default)
     entries = compare(accuracies, space)
     common.save(run.folder / "result.json", run.record | {
@@ -192,8 +197,11 @@ def main(argv: list[str] | None = None) -> None:
             line += f" ({low:+.4f} to {high:+.4f})  {entry['p_holm']:.3f}"
         print(line + "  default" * (name == default))
     print(conclusion(entries))
-    print("the most accurate one's trained network, for common.load_network: "
-          f"{run.folder}/networks/{next(iter(entries))}-{args.seed}.pt")
+    better = shown(entries, 1)
+    take = min(better, key=lambda name: entries[name]["cost"], default=default)
+    why = "the cheapest that is" if better else "the default: none is"
+    print(f"take {take}, {why} shown to be better; "
+          f"for common.load_network: {run.folder}/networks/{take}-{args.seed}.pt")
 
 
 if __name__ == "__main__":

@@ -17,14 +17,12 @@ import shlex
 from statistics import mean
 
 import common
-from common import Run, config_name, number, rank, spread, world
+from common import Run, config_name, rank, spread, world
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = common.make_parser(__doc__, search=False)
     common.add_space(parser.add_argument)
-    parser.add_argument("--seeds", type=number(int, 1, 1000), default=1, metavar="N",
-                        help="networks a configuration, seeds --seed, --seed + 1, ...")
     args = common.fill_defaults(parser.parse_args(argv), search=False)
     common.prepare_torch(args)
 

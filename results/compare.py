@@ -7,13 +7,15 @@ deviation. A short run of train_exhaustive.py is a search, too: all alone.
 - cost: multiply-adds of the training steps, relative to those of the shortest run of one supernet
   (with uniform draws, if there is one), as they would be with uniform draws
 - tau in n1: Kendall tau over the pairs of configurations of equal n1 alone
+- n1 at its cost: the regret of the configuration of largest n1, of these the dearest, that costs no
+  more than the pick
 - regret of 3: that of the best of the first three, as after retraining them
 - found: how often one of the three best is among the first four
 - agree: Kendall tau of two runs of the row, mean over the pairs
 - averaged: Kendall tau and regret of the pick by the ranks averaged over the runs of the row
 The last rows cost nothing: ranked by n1, the layers at full resolution, and by multiply-adds. Below
 it, every row of three or more seeds against the first one, seed by seed (Student's paired t-test).
-Writes compare.png into --out: Kendall tau over the epochs of runs with --rank-every.
+With --out writes compare.png: Kendall tau over the epochs of runs with --rank-every.
 """
 import itertools
 import json
@@ -26,11 +28,12 @@ import common
 import retrain
 
 DIGITS = {"cost": 2, "kendall_tau": 3, "tau in n1": 3, "pick_rank": 1, "regret": 3,
-          "regret of 3": 3}
+          "n1 at its cost": 3, "regret of 3": 3}
 
 
 def read_search(folder: Path) -> dict:
-    """result.json and, as "rankings", the epochs of log.jsonl after which the run ranked."""
+    """result.json; accuracies, macs and training steps by configuration; and, as "rankings", the
+    epochs of log.jsonl after which the run ranked."""
     log = folder / "log.jsonl"
     try:
         search = json.loads((folder / "result.json").read_text())
@@ -38,8 +41,12 @@ def read_search(folder: Path) -> dict:
         if search["settings"]["stage"] != "exhaustive":
             accuracy = "accuracy"
             search["settings"].setdefault("draw", "uniform")  # older versions had nothing else
-        search["accuracies"] = {common.parse_config(entry["config"]): entry[accuracy]
-                                for entry in search["ranking"]}
+        search |= {"accuracies": {}, "macs": {}, "steps": {}}
+        for entry in search["ranking"]:
+            config = common.parse_config(entry["config"])
+            search["accuracies"][config] = entry[accuracy]
+            search["macs"][config] = entry["macs"]
+            search["steps"][config] = sum(entry["steps"])
         lines = log.read_text().splitlines() if log.exists() else []
         search["rankings"] = [line for line in map(json.loads, lines) if "ranking" in line]
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -58,7 +65,7 @@ def differing_settings(searches: list[dict]) -> list[str]:
     return [name for name in values if len(values[name]) > 1 and name not in ignored]
 
 
-def judge(ranking: dict[tuple, float], truth: dict[tuple, float]) -> dict:
+def judge(ranking: dict[tuple, float], truth: dict[tuple, float], macs: dict[tuple, int]) -> dict:
     """The metrics of a ranking, accuracies (or what else ranks) by configuration."""
     signs = []
     for a, b in itertools.combinations(ranking, 2):
@@ -67,15 +74,17 @@ def judge(ranking: dict[tuple, float], truth: dict[tuple, float]) -> dict:
             signs.append(estimated if truth[a] > truth[b] else -estimated)
     first = sorted(ranking, key=lambda config: (-ranking[config], config))[:4]
     best = sorted(ranking, key=truth.get, reverse=True)[:3]
+    affordable = [config for config in ranking if macs[config] <= macs[first[0]]]
+    largest_n1 = max(affordable, key=lambda config: (config[0], macs[config]))
     return common.rank_metrics(ranking, truth) | {
         "tau in n1": mean(signs) if signs else None, "found": bool({*first} & {*best}),
+        "n1 at its cost": truth[best[0]] - truth[largest_n1],
         "regret of 3": truth[best[0]] - max(truth[config] for config in first[:3]),
         "pick": common.config_name(first[0])}
 
 
 def compare_seeds(rows: dict[tuple, list[dict]]) -> None:
     """Print how rows differ from the first one over the seeds that both have."""
-    from scipy.stats import ttest_rel
     by_seed = {row: {search["settings"]["seed"]: search for search in searches}
                for row, searches in rows.items()}
     first, *others = by_seed
@@ -84,11 +93,11 @@ def compare_seeds(rows: dict[tuple, list[dict]]) -> None:
         for metric in ("kendall_tau", "regret"):
             pairs = [(by_seed[row][seed][metric], by_seed[first][seed][metric]) for seed in seeds]
             pairs = [pair for pair in pairs if None not in pair]  # a tau that is undefined
-            if len(pairs) > 2 and any(value != reference for value, reference in pairs):
-                values, references = zip(*pairs)
+            if len(pairs) > 2:
+                difference, _, p = retrain.paired_comparison(*zip(*pairs))
                 print(f"- {', '.join(filter(None, row))} against {', '.join(filter(None, first))}: "
-                      f"{metric} {mean(values) - mean(references):+.3f}, "
-                      f"p = {ttest_rel(values, references).pvalue:.2g}, n = {len(pairs)}")
+                      f"{metric} {difference:+.3f}, n = {len(pairs)}"
+                      + ("" if p is None else f", p = {p:.2g}"))
 
 
 def mean_and_spread(values: list[float | None], digits: int) -> str:
@@ -104,13 +113,13 @@ def judged_cells(searches: list[dict]) -> list[str]:
     return [*cells, f"{sum(search['found'] for search in searches)} of {len(searches)}"]
 
 
-def together(searches: list[dict], truth: dict[tuple, float]) -> list[str]:
+def together(searches: list[dict], truth: dict[tuple, float], macs: dict[tuple, int]) -> list[str]:
     """The cells of "agree" and "averaged"."""
     if len(searches) < 2:
         return ["", ""]
     rankings = [search["accuracies"] for search in searches]
     averaged = {config: -rank for config, rank in retrain.average_ranks(rankings).items()}
-    found = judge(averaged, truth)
+    found = judge(averaged, truth, macs)
     return [mean_and_spread([common.mean_tau(rankings)], 3),
             f"{mean_and_spread([found['kendall_tau']], 3)}, {found['regret']:.3f}"]
 
@@ -133,32 +142,29 @@ def plot(columns: list[str], curves: dict[tuple, dict[int, list[float]]], path: 
 def main() -> None:
     parser = common.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--ground-truth", required=True, help="results.csv of train_exhaustive.py")
-    parser.add_argument("--out", type=Path, default=Path(), help="folder for compare.png")
+    parser.add_argument("--out", type=Path, help="folder for compare.png")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a search's folder")
     args = parser.parse_args()
 
     searches = [read_search(folder) for folder in dict.fromkeys(args.runs)]
     macs = {}
     for search in searches:
-        for entry in search["ranking"]:
-            macs[common.parse_config(entry["config"])] = entry["macs"]
+        macs |= search["macs"]
     macs = dict(sorted(macs.items()))  # the first of equal ones is the pick
     truth = common.read_ground_truth(args.ground_truth, list(macs))
     columns = differing_settings(searches)
-    for search in searches:
-        search["steps"] = sum(sum(entry["steps"]) for entry in search["ranking"])
     single = [search for search in searches if search["settings"]["stage"] == "single"]
     uniform = [search for search in single if search["settings"]["draw"] == "uniform"]
-    steps = min((search["steps"] for search in uniform or single), default=0)
+    steps = min((sum(search["steps"].values()) for search in uniform or single), default=0)
     unit = steps * mean(macs.values())
     rows = {}
     curves = {}  # Kendall taus by row and epoch
     for search in searches:
-        search |= judge(search["accuracies"], truth)
-        training_macs = sum(sum(entry["steps"]) * entry["macs"] for entry in search["ranking"])
+        search |= judge(search["accuracies"], truth, macs)
+        training_macs = sum(search["steps"][config] * macs[config] for config in search["steps"])
         search["cost"] = training_macs / unit if unit else None
         row = (*[str(search["settings"].get(name, "")) for name in columns],
-               f"{search['steps']:,}")
+               f"{sum(search['steps'].values()):,}")
         rows.setdefault(row, []).append(search)
         for line in search["rankings"]:
             ranking = {common.parse_config(name): line["ranking"][name] for name in line["ranking"]}
@@ -172,15 +178,15 @@ def main() -> None:
     print("|" + " --- |" * len(header))
     for row, runs in rows.items():
         picks = "; ".join(run["pick"] for run in runs)
-        cells = [*row, str(len(runs)), *judged_cells(runs), *together(runs, truth), picks]
+        cells = [*row, str(len(runs)), *judged_cells(runs), *together(runs, truth, macs), picks]
         print("| " + " | ".join(cells) + " |")
     for name, ranking in free.items():
-        found = judge(ranking, truth) | {"cost": 0.0}
+        found = judge(ranking, truth, macs) | {"cost": 0.0}
         cells = [name, *[""] * (len(columns) + 1), *judged_cells([found]), "", "", found["pick"]]
         print("| " + " | ".join(cells) + " |")
     print()
     compare_seeds(rows)
-    if curves:
+    if args.out and curves:
         args.out.mkdir(parents=True, exist_ok=True)
         plot(columns, curves, args.out / "compare.png")
 

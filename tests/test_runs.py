@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -191,6 +192,8 @@ def test_retrain_compares_the_first_of_averaged_ranks_with_the_default(finished,
     after = common.load(tmp_path / "runs/retrain-digits/result.json")
     new = 3 * len(after["configs"]) - 2 * len(result["configs"])  # networks that were not trained
     assert (code, err, out.count("epoch 1 ")) == (0, "", new) and len(after["chosen"]) == 3
+    run(tmp_path, *command_of("retrain", finished), "--top", "1", "--seeds", "3")
+    assert common.load(tmp_path / "runs/retrain-digits/result.json")["configs"] == after["configs"]
 
 
 def test_conclusions_by_hand():
@@ -202,10 +205,10 @@ def test_conclusions_by_hand():
                      "seeds": 3},
                "b": {"difference": 0.01, "interval": [-0.01, 0.03], "p_holm": 0.2, "cost": 1.1,
                      "seeds": 3}, "4,3,3": {"seeds": 3}}
-    assert "Holm over 2): a (+0.0200 at 1.50 times the cost); 3 seeds tell differences above " \
-        "about 0.0150" in retrain.conclusion(entries)
-    del entries["a"]
-    assert "Holm over 1): none; 3 seeds" in retrain.conclusion(entries)
+    assert "Holm over 2): a (+0.0200 at 1.50 times the cost); to be worse: none; with 3 seeds a " \
+        "difference below about 0.0150 goes unseen" in retrain.conclusion(entries)
+    entries["a"]["difference"] = -0.02
+    assert "Holm over 2): none; to be worse: a; with 3 seeds" in retrain.conclusion(entries)
 
 
 def test_more_seeds_and_configurations_extend_stage_1(tmp_path):
@@ -286,7 +289,7 @@ def test_compare_prints_the_metrics_of_every_search(finished, tmp_path):
     folders = {kind: finished / kind / f"runs/{kind}-digits"
                for kind in ("single", "mixture", "exhaustive")}
     done = shell("results/compare.py", "--ground-truth", str(folders["exhaustive"] / "results.csv"),
-                 *map(str, folders.values()), cwd=tmp_path)
+                 "--out", ".", *map(str, folders.values()), cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]]
                         for line in done.stdout.split("\n\n")[0].splitlines()]
@@ -306,6 +309,15 @@ def test_compare_prints_the_metrics_of_every_search(finished, tmp_path):
     assert (tmp_path / "compare.png").stat().st_size > 10_000
 
 
+def test_compare_finds_the_largest_n1_at_the_cost_of_the_pick():
+    judge = runpy.run_path(str(ROOT / "results/compare.py"))["judge"]
+    ranking = {(1, 3): 0.1, (2, 2): 0.9, (3, 1): 0.5}
+    truth = {(1, 3): 0.3, (2, 2): 0.5, (3, 1): 0.8}
+    for macs, regret in ((20, 0.0), (40, 0.3)):  # of 3,1; the pick is 2,2
+        metrics = judge(ranking, truth, {(1, 3): 10, (2, 2): 30, (3, 1): macs})
+        assert metrics["n1 at its cost"] == pytest.approx(regret)
+
+
 def test_compare_takes_a_search_whose_accuracies_are_all_equal(finished, tmp_path):
     rng = np.random.default_rng(0)
     for kind in ("single", "mixture"):
@@ -320,8 +332,8 @@ def test_compare_takes_a_search_whose_accuracies_are_all_equal(finished, tmp_pat
                  str(finished / "exhaustive/runs/exhaustive-digits/results.csv"),
                  *map(str, sorted(tmp_path.iterdir(), reverse=True)), cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search("mixture.*: kendall_tau .*, n = 3\n", done.stdout)
-    assert re.search("mixture.*: regret .*, n = 4\n", done.stdout)
+    assert re.search("mixture.*: kendall_tau .*, n = 3, p = ", done.stdout)
+    assert re.search("mixture.*: regret .*, n = 4, p = ", done.stdout)
 
 
 # ------------------------------------------------------------------ kills, Ctrl-C, full disks
