@@ -95,9 +95,9 @@ def compare_seeds(rows: dict[tuple, list[dict]]) -> None:
             pairs = [pair for pair in pairs if None not in pair]  # a tau that is undefined
             if len(pairs) > 2:
                 difference, _, p = retrain.paired_comparison(*zip(*pairs))
+                tested = "" if p is None else f", p = {p:.2g}"
                 print(f"- {', '.join(filter(None, row))} against {', '.join(filter(None, first))}: "
-                      f"{metric} {difference:+.3f}, n = {len(pairs)}"
-                      + ("" if p is None else f", p = {p:.2g}"))
+                      f"{metric} {difference:+.3f}{tested}, n = {len(pairs)}")
 
 
 def mean_and_spread(values: list[float | None], digits: int) -> str:
