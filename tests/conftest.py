@@ -16,6 +16,10 @@ import pytest
 
 # threads that spin while they wait make a busy machine several times slower; torch reads it once
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# runs repeat bit for bit on a CPU only; GPU=0 python -m pytest tests/test_kernels.py
+# tests/test_block.py tests the kernels on GPU 0, without TF32, against float64
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("GPU", "")
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402

@@ -219,7 +219,7 @@ def test_wrong_arguments():
 # ---------------------------------------------------------------------------------------- build
 
 @pytest.mark.parametrize("variable, value, cause", [
-    ("PATH", "", "c++"), ("CXX", "/bin/false", "/bin/false"),
+    ("PATH", "/no/such/folder", "c++"), ("CXX", "/bin/false", "/bin/false"),
     ("CXX", "no-such-compiler", "no-such-compiler"), ("CXX", "no-such-wrapper g++", "no-such-wrap"),
     ("TORCH_EXTENSIONS_DIR", __file__, "choose another folder by TORCH_EXTENSIONS_DIR")])
 def test_what_cannot_be_built_is_one_line(monkeypatch, tmp_path, variable, value, cause):
