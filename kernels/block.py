@@ -108,7 +108,7 @@ def _is_plain_tensor(x: torch.Tensor) -> bool:
 def _is_plain(module: Module, kind: type) -> bool:
     """Exactly torch's module, whose call does nothing but its own `forward`: what is pruned,
     parametrised or watched has hooks or a type of its own."""
-    own = vars(module)
+    own = vars(module)  # not its keys(): torch.compile of 2.11 cannot trace them
     return (type(module) is kind and "forward" not in own and "_conv_forward" not in own
             and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
                      or module._backward_pre_hooks or _has_any_global_hook()))

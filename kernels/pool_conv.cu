@@ -18,8 +18,8 @@
 // it again; here it reads 4 and writes 1 (which the shortcut needs anyway).
 //
 // What the kernels need, counted from the PTX by a model of an H100 (4 instructions a cycle and
-// multiprocessor, 32 banks, 67 TFLOP/s, 3.35 TB/s). No GPU has run this file. Microseconds of the
-// dearest of instructions, arithmetic, shared memory and memory; batch 128:
+// multiprocessor, 32 banks, 67 TFLOP/s, 3.35 TB/s), not measured; README.md has what an H100 took.
+// Microseconds of the dearest of instructions, arithmetic, shared memory and memory; batch 128:
 //   float32, in a training step of a block    16->16 @ 32x32   32->32 @ 16x16   64->64 @ 8x8
 //     conv_tiled, first convolution                15.5             13.9            13.4
 //     conv_tiled, gradient of the second           17.3             14.4            13.7

@@ -14,7 +14,8 @@ deviation. A short run of train_exhaustive.py is a search, too: all alone.
 - agree: Kendall tau of two runs of the row, mean over the pairs
 - averaged: Kendall tau and regret of the pick by the ranks averaged over the runs of the row
 The last rows cost nothing: ranked by n1, the layers at full resolution, and by multiply-adds. Below
-it, every row of three or more seeds against the first one, seed by seed (Student's paired t-test).
+the table, every row of three or more seeds against the first one, seed by seed (Student's paired
+t-test).
 With --out writes compare.png: Kendall tau over the epochs of runs with --rank-every.
 """
 import itertools
