@@ -33,8 +33,8 @@ DIGITS = {"cost": 2, "kendall_tau": 3, "tau in n1": 3, "pick_rank": 1, "regret":
 
 
 def read_search(folder: Path) -> dict:
-    """result.json; accuracies, macs and training steps by configuration; and, as "rankings", the
-    epochs of log.jsonl after which the run ranked."""
+    """result.json; accuracies and macs by configuration; steps and multiply-adds of the training;
+    and, as "rankings", the epochs of log.jsonl after which the run ranked."""
     log = folder / "log.jsonl"
     try:
         search = json.loads((folder / "result.json").read_text())
@@ -42,12 +42,14 @@ def read_search(folder: Path) -> dict:
         if search["settings"]["stage"] != "exhaustive":
             accuracy = "accuracy"
             search["settings"].setdefault("draw", "uniform")  # older versions had nothing else
-        search |= {"accuracies": {}, "macs": {}, "steps": {}}
+        search |= {"accuracies": {}, "macs": {}, "steps": 0, "training_macs": 0}
         for entry in search["ranking"]:
             config = common.parse_config(entry["config"])
             search["accuracies"][config] = entry[accuracy]
             search["macs"][config] = entry["macs"]
-            search["steps"][config] = sum(entry["steps"])
+            steps = sum(entry["steps"])
+            search["steps"] += steps
+            search["training_macs"] += steps * entry["macs"]
         lines = log.read_text().splitlines() if log.exists() else []
         search["rankings"] = [line for line in map(json.loads, lines) if "ranking" in line]
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -156,16 +158,15 @@ def main() -> None:
     columns = differing_settings(searches)
     single = [search for search in searches if search["settings"]["stage"] == "single"]
     uniform = [search for search in single if search["settings"]["draw"] == "uniform"]
-    steps = min((sum(search["steps"].values()) for search in uniform or single), default=0)
+    steps = min((search["steps"] for search in uniform or single), default=0)
     unit = steps * mean(macs.values())
     rows = {}
     curves = {}  # Kendall taus by row and epoch
     for search in searches:
         search |= judge(search["accuracies"], truth, macs)
-        training_macs = sum(search["steps"][config] * macs[config] for config in search["steps"])
-        search["cost"] = training_macs / unit if unit else None
+        search["cost"] = search["training_macs"] / unit if unit else None
         row = (*[str(search["settings"].get(name, "")) for name in columns],
-               f"{sum(search['steps'].values()):,}")
+               f"{search['steps']:,}")
         rows.setdefault(row, []).append(search)
         for line in search["rankings"]:
             ranking = {common.parse_config(name): line["ranking"][name] for name in line["ranking"]}
