@@ -107,7 +107,7 @@ def test_a_stopped_run_goes_on_where_it_was_moved_with_its_kernels_if_they_can_b
     (folder / "my pets").rename(folder / "pets")
     code, out, err = run(folder, "search_single", "--dataset", "pets", "--out",
                          "runs/single-my pets", *argv)
-    assert code == 0 and "epochs 2 to 3 of" in out and "native kernels" in out
+    assert code == 0 and "epochs 2 to 3 of" in out and "native kernels" in out, err
     assert err == "warning: no fused kernels: no compiler; goes on with native ops, to other bits\n"
 
     _, *argv = shlex.split(re.search("next: python (.*)", out)[1])
@@ -390,7 +390,7 @@ def test_a_folder_has_one_process_until_ctrl_c(tmp_path):
     assert first.returncode == 130
     assert err == "interrupted: the same command continues from the last checkpoint\n"
     folder = tmp_path / "runs/mixture-digits"
-    common.Lock(folder / "lock")
+    common.lock(folder)
     assert len(common.load(folder / "checkpoint.pt")["log"]) >= 2 and not list(folder.glob("*tmp*"))
 
 
