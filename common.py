@@ -1941,7 +1941,7 @@ def label_dots(axes, x: dict[Config, float], y: dict[Config, float],
     for config in configs:
         name = axes.annotate(config_name(config), (x[config], y[config]), (4, 3), fontsize=7,
                              textcoords="offset points")
-        box = name.get_window_extent()
+        box = name.get_window_extent().padded(2)
         if any(box.overlaps(other) for other in taken):
             name.remove()
         else:

@@ -4,6 +4,7 @@ import argparse
 import ast
 import contextlib
 import csv
+import functools
 import importlib
 import json
 import math
@@ -107,7 +108,7 @@ def test_a_stopped_run_goes_on_where_it_was_moved_with_its_kernels_if_they_can_b
     (folder / "my pets").rename(folder / "pets")
     code, out, err = run(folder, "search_single", "--dataset", "pets", "--out",
                          "runs/single-my pets", *argv)
-    assert code == 0 and "epochs 2 to 3 of" in out and "native kernels" in out, err
+    assert code == 0 and "epochs 2 to 3 of" in out and "native kernels" in out
     assert err == "warning: no fused kernels: no compiler; goes on with native ops, to other bits\n"
 
     _, *argv = shlex.split(re.search("next: python (.*)", out)[1])
@@ -120,6 +121,23 @@ def test_a_stopped_run_goes_on_where_it_was_moved_with_its_kernels_if_they_can_b
     assert code == 0 and "note: these are other images" in out
     (folder / "pets").rename(folder / "gone")
     check_error(run(tmp_path, "retrain", *argv), 2, f"not at {folder}/pets any more: say where")
+
+
+def test_a_run_of_an_older_version_goes_on_and_a_changed_default_is_told(finished, tmp_path):
+    """An older config.json lacks settings: they were what is the default, or was it then."""
+    shutil.copytree(finished / "single/runs", tmp_path / "runs")
+    config = tmp_path / "runs/single-digits/config.json"
+    content = common.load(config)
+    del content["settings"]["metric"], content["settings"]["flip"]
+    common.save(config, content)
+    command = command_of("single", finished)
+    assert run(tmp_path, *command)[0] == 0
+    for argv in (["--metric", "balanced"], ["--flip"]):
+        common.save(config, content)
+        check_error(run(tmp_path, *command, *argv), 2, "other settings", "continues it; or")
+    del content["settings"]["draw"]
+    common.save(config, content)
+    check_error(run(tmp_path, *command), 2, "(draw uniform there, cost now): --draw uniform contin")
 
 
 def test_a_cell_is_interrupted_and_run_again_and_one_runs_in_a_thread(tmp_path, monkeypatch):
@@ -481,6 +499,65 @@ def test_a_network_that_diverges_stops_no_other(tmp_path, monkeypatch):
     (folder / "networks/8,1,1-0.json").unlink()
     code, out, err = run(tmp_path, "train_exhaustive", *argv)
     assert (code, err, out.count("epoch 1 ")) == (0, "", 1)
+
+
+@pytest.mark.parametrize("stage", ["search_mixture", "search_single"])
+def test_searches_validate_on_images_that_they_do_not_train_on(stage, tmp_path, monkeypatch):
+    def split(*args, real=common.split_for_search):
+        train, validation = real(*args)
+        return train, common.replace(validation, images=torch.zeros_like(validation.images))
+
+    def watched(learner, images, *args, real):
+        black.add((real.__name__, images.std(dim=(2, 3)).max().item() < 1e-6))
+        return real(learner, images, *args)
+
+    black = set()
+    monkeypatch.setattr(common, "split_for_search", split)
+    for name in ("step", "validate"):
+        real = getattr(common.Learner, name)
+        monkeypatch.setattr(common.Learner, name, functools.partialmethod(watched, real=real))
+    assert run(tmp_path, stage, *FEW, "--epochs", "1")[0] == 0
+    assert black == {("step", False), ("validate", True)}
+
+
+def test_an_epochs_scores_reach_its_assignment(tmp_path, monkeypatch):
+    seen = []
+    balance = search_mixture.balance
+    monkeypatch.setattr(search_mixture, "balance",
+                        lambda scores, *args: seen.append(scores.clone()) or balance(scores, *args))
+    assert run(tmp_path, "search_mixture", *FEW, "--epochs", "1", "--batch-size", "8")[0] == 0
+    assert (seen[0] == 1).all() and (seen[1] == 1).all()  # 20 rounds are three intervals
+    assert (seen[2] < 1).any()  # an interval later, within the first epoch
+
+
+def test_the_learning_rate_of_training_alone(tmp_path):
+    argv = (*SMALL, *NATIVE, "--num-train", "40", "--configs", "1,1,8", "--epochs", "10")
+    assert run(tmp_path, "train_exhaustive", *argv)[0] == 0
+    network = common.load(tmp_path / "runs/exhaustive-digits/networks/1,1,8-0.json")
+    assert [line["lr"] for line in network["history"]] == pytest.approx(
+        [0.1] * 4 + [0.01] * 2 + [0.001] * 2 + [1e-4, 1e-5])
+
+
+def test_a_ground_truth_that_a_spreadsheet_has_saved(tmp_path):
+    path = tmp_path / "results.csv"
+    rows = 'config,seed,test_accuracy\n"4,3,3",0,0.5\n"4,3,3",1,0.75\n"1,1,8",0,0.25\n'
+    german = "config;seed;test_accuracy\n4,3,3;0;0,5\n4,3,3;1;0,75\n1,1,8;0;0,25\n"
+    for text in (rows, "\ufeff" + rows, rows + ",,\n", german + ";;\n"):
+        path.write_text(text, encoding="utf-8")
+        truth = common.read_ground_truth(str(path), [(4, 3, 3)])
+        assert truth == {(4, 3, 3): 0.625, (1, 1, 8): 0.25}
+    for old, new in (("0.75", "75 %"), ("0.75", "75"), ("4,3,3\",1", "4.3.3\",1"), ("0.75", "")):
+        path.write_text(rows.replace(old, new))
+        with pytest.raises(common.UserError, match=r"results.csv is no table .*\(row 3: "):
+            common.read_ground_truth(str(path), [(4, 3, 3)])
+
+
+def test_a_class_may_have_a_name_that_the_terminal_cannot_show(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    write_folder(tmp_path / "pets", classes=("ca\u0142", "do\u011f"), count=8)
+    done = shell("search_single.py", "--dataset", "pets", "--image-size", "8", "--width", "0.25",
+                 "--batch-size", "4", "--epochs", "1", "--configs", "4,3,3", *NATIVE, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and "2 classes (ca?, do?)" in done.stdout
 
 
 def test_a_full_gpu_is_one_line(tmp_path, monkeypatch):
