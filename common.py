@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -27,7 +28,6 @@ import sys
 import textwrap
 import time
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -434,8 +434,7 @@ CROPS = {"pad": (draw_pad_crops, pad_crop), "resized": (draw_resized_crops, resi
 
 def load_dataset(args: Namespace) -> tuple[Images, Images]:
     """(train, test) of --dataset on --device, cut to --num-train, at --image-size; without it,
-    pictures in folders become 32x32 and all others keep their size. UserError if a folder or file
-    is not what it should be."""
+    pictures in folders become 32x32 and all others keep their size. UserError if it cannot be."""
     arrays = read_dataset(args, args.image_size or 32)
     if "test_images" not in arrays:
         arrays = split_test(arrays, args.test_fraction)
@@ -449,32 +448,29 @@ def load_dataset(args: Namespace) -> tuple[Images, Images]:
         chosen, _ = stratified_split(labels, args.num_train, seed, arrays["classes"])
         for name in ("train_images", "train_labels"):
             arrays[name] = arrays[name][chosen]
-    size = args.image_size or arrays["train_images"].shape[1]
+    size = args.image_size or min(arrays["train_images"].shape[1:3])
     for name in ("train_images", "test_images"):
         arrays[name] = resample(arrays[name], size)
     return make_images(arrays, args.flip, protocol(args.dataset, args.arch)["crop"], args.device)
 
 
 def read_dataset(args: Namespace, picture_size: int) -> Arrays:
-    """The images of --dataset, uint8 (N,H,H,3), their labels, int64 (N,), 0..K-1, and the names of
-    the K classes. Without test images if --test-fraction is to split them off.
-    picture_size: H of the images that are files, each."""
+    """--dataset: images, uint8 (N,H,W), (N,H,W,1) or (N,H,W,3), labels, int64 (N,), 0..K-1, and the
+    names of the K classes; without test images if --test-fraction is to split them off.
+    picture_size: H and W of images that are files."""
     name = args.dataset
     data_dir = Path(args.data_dir)
-    npz = Path(name) if name.endswith(".npz") else data_dir / f"{name}.npz"
+    npz = name if name.endswith(".npz") else data_dir / f"{name}.npz"
     if name == "digits":
         return read_digits()
     if name not in DATASET_PROTOCOLS and os.path.isdir(name):
         return read_pictures(Path(name), *list_folder(args), picture_size, data_dir / "cache")
-    if npz.is_file():
+    if os.path.isfile(npz):
         return read_npz(args, npz)
-    if name == "food101":
-        files = list_food101(data_dir)
-        return read_pictures(data_dir / "food-101", *files, picture_size, data_dir / "cache")
     if name in DATASET_PROTOCOLS:
-        return read_torchvision(name, data_dir)
-    raise UserError(f"unknown data set {name!r}: choose {', '.join(DATASET_PROTOCOLS)}, or give a "
-                    f"folder of images, an .npz file or the name of one in {data_dir}/")
+        return read_torchvision(name, data_dir, picture_size)
+    raise UserError(f"unknown data set {name[:60]!r}: choose {', '.join(DATASET_PROTOCOLS)}, or "
+                    "give a folder of images, an .npz file or the name of one in --data-dir")
 
 
 def read_digits() -> Arrays:
@@ -488,276 +484,213 @@ def read_digits() -> Arrays:
     return split_test({"train_images": images, "train_labels": labels, "classes": classes}, 0.2)
 
 
-def download(name: str, data_dir: Path) -> list:
-    """torchvision's training and test set of this name, downloaded unless the files are there."""
+def read_torchvision(name: str, data_dir: Path, picture_size: int) -> Arrays:
+    """CIFAR, Fashion-MNIST (with a border of zeros: 32x32) or Food-101, downloaded into `data_dir`
+    unless the official files are there."""
     try:
         from torchvision import datasets
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100,
                 "fashion-mnist": datasets.FashionMNIST, "food101": datasets.Food101}[name]
         parts = ("train", "test") if name == "food101" else (True, False)
-        return [kind(data_dir, part, download=True) for part in parts]
+        train, test = (kind(data_dir, part, download=True) for part in parts)
     except Exception as error:  # no torchvision, network, archive, checksum
         reason = str(error).strip() or type(error).__name__
         raise UserError(f"cannot load {name} with torchvision ({reason[:80]}): put its official "
-                        f"files into {data_dir}/, as torchvision keeps them") from error
-
-
-def read_torchvision(name: str, data_dir: Path) -> Arrays:
-    """CIFAR, or Fashion-MNIST with a border of zeros: 32x32."""
-    arrays = {}
-    for part, source in zip(("train", "test"), download(name, data_dir)):
-        images = np.asarray(source.data)
+                        f"files into {data_dir}, as torchvision keeps them") from error
+    if name == "food101":
+        files = [[(path, source.classes[label])
+                  for path, label in zip(source._image_files, source._labels)]
+                 for source in (train, test)]
+        return read_pictures(data_dir / "food-101", *files, picture_size, data_dir / "cache")
+    arrays = {"classes": np.array(train.classes)}
+    for part, source in (("train", train), ("test", test)):
+        images = np.ascontiguousarray(source.data)
         if name == "fashion-mnist":
             images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
-        arrays[f"{part}_images"] = centre_squares(images)
+        arrays[f"{part}_images"] = images
         arrays[f"{part}_labels"] = np.array(source.targets, np.int64)
-        arrays["classes"] = np.array(source.classes)
     return arrays
 
 
-def centre_squares(images: np.ndarray) -> np.ndarray:
-    """uint8 (N,H,W), (N,H,W,1) or (N,H,W,3) -> uint8 (N,S,S,3), where S is the smaller side."""
-    count, height, width = images.shape[:3]
-    side = min(height, width)
-    top = (height - side) // 2
-    left = (width - side) // 2
-    images = images.reshape(count, height, width, -1)[:, top:top + side, left:left + side]
-    if images.shape[3] == 1:
-        return images.repeat(3, 3)
-    return np.ascontiguousarray(images)
-
-
-def read_npz(args: Namespace, path: Path) -> Arrays:
-    """A file as MedMNIST ships them: train_images, uint8, (N,H,W), (N,H,W,1) or (N,H,W,3), and
-    train_labels, integers, (N,) or (N,1); test_images and test_labels, or val_*, are alike."""
+def read_npz(args: Namespace, path: str | Path) -> Arrays:
+    """A file as MedMNIST ships them: train_images, uint8 (N,H,W), (N,H,W,1) or (N,H,W,3), and
+    train_labels, integers (N,) or (N,1); test_* or val_* are alike. UserError for another one."""
     arrays = {}
     try:
         with open(path, "rb") as file:
             content = np.load(file)
             labels = {part: content[f"{part}_labels"] for part in ("train", "test", "val")
                       if part == "train" or f"{part}_labels" in content}
-            for part, values in labels.items():
-                if values.dtype.kind not in "iu" or values.size != len(values):
-                    raise ValueError(f"{part}_labels: {values.dtype} {values.shape}, not one "
-                                     "integer each")
             found = {part: set(values.ravel().tolist()) for part, values in labels.items()}
             classes = sorted(found.pop("train"))
-            if len(classes) < 2:
-                raise ValueError(f"two or more classes are needed, train_labels has {classes}")
+            if len(classes) < 2 or not all(values.dtype.kind in "iu" for values in labels.values()):
+                types = [f"{part}_labels {values.dtype}" for part, values in labels.items()]
+                raise ValueError(f"{len(classes)} classes; {', '.join(types)}")
             arrays["classes"] = np.array(classes).astype(str)
-            for part, source in (("train", "train"), ("test", choose_test(args, classes, found))):
+            sources = {"train": "train", "test": choose_test(args, classes, found)}
+            for part, source in sources.items():
                 if source is None:
                     continue
                 images = content[f"{source}_images"]
-                if images.dtype != np.uint8 or images.shape[3:] not in ((), (1,), (3,)) \
-                        or images.ndim < 3 or len(images) != len(labels[source]):
-                    raise ValueError(f"{source}_images: {images.dtype} {images.shape}, not uint8 "
-                                     f"(N,H,W), (N,H,W,1) or (N,H,W,3), N = {len(labels[source])}")
-                arrays[f"{part}_images"] = centre_squares(images)
-                arrays[f"{part}_labels"] = np.searchsorted(classes, labels[source].ravel())
-    except (UserError, MemoryError):
+                numbers = labels[source]
+                if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size \
+                        or images.shape[3:] not in ((), (1,), (3,)) or numbers.size != len(images):
+                    raise ValueError(f"{source}_images: {images.dtype} {images.shape}, "
+                                     f"{source}_labels: {numbers.dtype} {numbers.shape}")
+                arrays[f"{part}_images"] = images
+                arrays[f"{part}_labels"] = np.searchsorted(classes, numbers.ravel())
+    except UserError:
         raise
     except Exception as error:  # a damaged file raises many kinds
-        raise UserError(f"cannot use {path} ({str(error)[:120]}): expected arrays train_images, "
-                        "train_labels, test_images, test_labels") from error
+        raise UserError(f"cannot use {path} ({str(error)[:100]}): expected train_images, uint8 "
+                        "(N,H,W) or (N,H,W,3), train_labels, N integers, and test_* or val_* alike"
+                        ) from error
     return arrays
 
 
 def choose_test(args: Namespace, classes: Iterable, others: dict[str, set]) -> str | None:
-    """Which of the other parts is the test set. others: their names, in order of preference, and
-    the classes of each. It is the one with the most of the training images' `classes`, the first of
-    equals, and has no other class. None if there is none and --test-fraction is to split one off;
-    UserError if there is none without it."""
+    """Which of the other parts of a data set is its test set: the one with the most of the training
+    images' `classes` and no other, the first of equals. others: the name and the classes of each.
+    None with --test-fraction, if there is no such part; without it, UserError."""
     fitting = [name for name, found in others.items() if found and found <= set(classes)]
-    unlike = [f"{name} has the class {min(found - set(classes))}" if found else
-              f"{name} has no classes" for name, found in others.items() if name not in fitting]
     if not fitting and not args.test_fraction:
-        raise UserError(f"{args.dataset} has no test set, which is a part named test or val with "
-                        f"the classes of the training images ({brief(unlike) or 'there is none'}): "
+        unlike = [f"{name} has the class {min(found - set(classes))}" if found else
+                  f"{name} has no classes" for name, found in others.items()]
+        raise UserError(f"{args.dataset} has no test set: no test or val with classes of the "
+                        f"training images alone ({brief(unlike) or 'there is neither'}); "
                         "--test-fraction 0.2 splits one off")
-    test = max(fitting, key=lambda name: len(others[name]), default=None)
-    if fitting and unlike:
-        print(f"the test images are those of {test}: {brief(unlike)}", flush=True)
-    return test
+    return max(fitting, key=lambda name: len(others[name]), default=None)
 
 
-def brief(names: Iterable[str], width: int = 100) -> str:
-    """The first names, as many as fit in the width, for a message."""
-    return textwrap.shorten(", ".join(names), width, placeholder=" ...")
+def brief(names: Iterable, width: int = 100) -> str:
+    """As many of the names as a message has room for."""
+    return textwrap.shorten(", ".join(map(str, names)), width, placeholder=" ...")
 
 
-# folders that systems make begin so: NAS thumbnails, recycle bins, __MACOSX, notebooks' copies
+# what systems make: NAS thumbnails, recycle bins, notebooks' checkpoints, __MACOSX
 SYSTEM_FOLDERS = (".", "@", "#", "$", "__", "lost+found")
-# names that no class may have, since they are those of parts
-PART_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # others may start a program
-Labelled = list[tuple[Path, str]]  # image files and their classes
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # Pillow starts programs for some others
+PART_NAME = re.compile(r"(train|test|val)(ing|id|idation)?([-_ ]?(set|data|images?|\d+))*", re.I)
+Labelled = list[tuple[Path, str]]  # image files and the names of their classes
 
 
-def list_images(folder: Path, left_out: Counter, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """All image files below a folder, sorted by name, through links but for those that lead back
-    up. Counts in `left_out` what else there is, by kind."""
+def list_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """All files below a folder, sorted by name, through links. Folders that systems make and links
+    that lead back up are listed, but not their files."""
     above = (*above, folder.resolve())
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    for entry in entries:
-        path = folder / entry.name
-        if entry.is_dir():
-            if entry.name.startswith(SYSTEM_FOLDERS):
-                left_out[f"{entry.name}/"] += 1
-            elif any(parent.is_relative_to(path.resolve()) for parent in above):
-                left_out["links that lead back up"] += 1
-            else:
-                yield from list_images(path, left_out, above)
-        elif entry.name.startswith("."):
-            left_out["hidden"] += 1
-        elif not entry.name.lower().endswith(EXTENSIONS):
-            left_out[f"*{path.suffix}"] += 1
-        elif not entry.is_file():
-            left_out["links that lead to no file"] += 1
-        else:
+    for name in sorted(os.listdir(folder)):
+        path = folder / name
+        if not os.path.isdir(path) or name.startswith(SYSTEM_FOLDERS) \
+                or any(parent.is_relative_to(path.resolve()) for parent in above):
             yield path
-    if not entries:
-        left_out["empty folders"] += 1
+        else:
+            yield from list_files(path, above)
 
 
 def list_folder(args: Namespace) -> tuple[Labelled, Labelled]:
-    """The training and test images of the folder --dataset, the latter none if --test-fraction is
-    to split them off. They lie in train/<class>/ and in test/<class>/ or val/<class>/, whose names
-    may go on, or all in <class>/. Prints what is left out. UserError for any other layout."""
+    """The training and test images of the folder --dataset, which lie in train/<class>/ and in
+    test/<class>/ or val/<class>/ (names may go on), or all in <class>/. Without test images if
+    --test-fraction is to split them off. Prints what is left out. UserError for other layouts."""
     root = Path(args.dataset)
-    left_out = Counter()
     try:
-        files = [path.relative_to(root).parts for path in list_images(root, left_out)]
+        files = list(list_files(root))
+        images = [path.relative_to(root).parts for path in files if path.is_file()
+                  and path.suffix.lower() in EXTENSIONS and path.name[0] != "."]
     except OSError as error:
-        raise UserError(f"cannot read {args.dataset}: {error}") from error
-    counts = Counter(file[0] if len(file) > 1 else "." for file in files)
-    tree = {name: set() for name in counts if name != "."}  # folders, and the folders in them
-    for file in files:
-        if len(file) > 2:
-            tree[file[0]].add(file[1])
-    parts = [name for word in ("train", "test", "val") for name in tree
-             if name.lower().startswith(word)]
-    trains = [name for name in parts if name.lower().startswith("train") and tree[name]]
-    others = [name for name in parts if not name.lower().startswith("train") and trains]
-    named_as_parts = [name for name in parts if name.lower() in PART_NAMES]
+        raise UserError(f"cannot read {root}: {error}") from error
+    tree = {image[0]: set() for image in images if len(image) > 1}
+    for image in images:
+        if len(image) > 2:
+            tree[image[0]].add(image[1])  # a folder with images, in a folder
+    trains = [name for name in tree if name.lower().startswith("train") and tree[name]]
+    others = {name: tree[name] for word in ("test", "val") for name in tree
+              if trains and name.lower().startswith(word)}
 
-    def select(*folder: str) -> Labelled:
-        """The images in the class folders of a folder."""
-        depth = len(folder)
-        return [(root.joinpath(*file), file[depth]) for file in files
-                if file[:depth] == folder and len(file) > depth + 1]
+    def select(*folders: str) -> Labelled:
+        """The images in the classes of a folder of the root or, without one, of the root."""
+        depth = len(folders)
+        return [(root.joinpath(*image), image[depth]) for image in images
+                if image[:depth] == folders and len(image) > depth + 1]
 
     train = select(*trains)
     classes = {name for _, name in train}
-    problem = None
-    if len(trains) > 1:
-        problem = f"which are the training images, {brief(trains)}?"
-    elif trains and not others and len(tree) > len(parts):
-        problem = f"is {trains[0]}/ a class, or does it hold the classes?"
-    elif not trains and (named_as_parts or len(parts) == len(tree) > 0):
-        problem = f"{(named_as_parts or parts)[0]}/ is a part, no class, but train/<class>/ is empty."
-    elif len(classes) < 2:
-        problem = "two classes or more are needed."
-    if problem:
-        found = [f"{name}/ ({count} images in {len(tree.get(name, ())) or 'no'} folders)"
-                 for name, count in counts.items()]
-        raise UserError(f"{args.dataset}: {problem} Expected train/<class>/ and test/<class>/ or "
-                        f"val/<class>/, or only <class>/; found {brief(found) or 'no image'}")
-
-    test = choose_test(args, classes, {name: tree[name] for name in others})
-    test = [] if test is None else select(test)
+    if trains:
+        unclear = len(trains) > 1 or (len(tree) > 1 and not others)  # a part beside classes
+    else:
+        unclear = any(map(PART_NAME.fullmatch, tree))  # parts without classes, or beside classes
+    if unclear or len(classes) < 2:
+        found = [f"{name}/ ({brief(sorted(tree[name]), 30)})" if tree[name] else f"{name}/"
+                 for name in tree]
+        raise UserError(f"{root}: expected images of two classes or more in one train/<class>/ and "
+                        "test/<class>/ or val/<class>/; or in <class>/, where no class is named as "
+                        f"these; found images in {brief(found) or 'no folder'}")
+    name = choose_test(args, classes, others)
+    test = select(name) if name else []
     used = {path for path, _ in train + test}
-    for file in files:
-        if root.joinpath(*file) not in used:
-            left_out[f"images in {file[0] if len(file) > 1 else '.'}/"] += 1
-    if left_out:
-        kinds = [f"{count} {kind}" for kind, count in left_out.items()]
-        print(f"left out of {args.dataset}: {brief(kinds, 200)}", flush=True)
+    unused = [path for path in files if path not in used]
+    if unused:
+        print(f"left out of {root}: {len(unused)} files or folders, such as "
+              f"{unused[0].relative_to(root)}: hidden, of other formats, or not in a class folder "
+              "of the training or test set", flush=True)
     return train, test
 
 
-def list_food101(data_dir: Path) -> tuple[Labelled, Labelled]:
-    """The training and test images of Food-101, downloaded unless they are there."""
-    download("food101", data_dir)
-    folder = data_dir / "food-101"
-    parts = []
-    for part in ("train", "test"):
-        names = json.loads((folder / f"meta/{part}.json").read_text())
-        parts.append([(folder / f"images/{name}.jpg", label)
-                      for label, of_label in names.items() for name in of_label])
-    return tuple(parts)
-
-
 def read_pictures(root: Path, train: Labelled, test: Labelled, size: int, caches: Path) -> Arrays:
-    """Image files below `root` as arrays, which stay on the disk if they take more than 4 GiB. They
-    are read once and kept in the folder `caches` in a file whose name changes with the files."""
+    """Image files below `root` as arrays; what takes more than 4 GiB stays on the disk. They are
+    kept in the folder `caches`, in a file whose name changes when the files change."""
     paths = [path for path, _ in train + test]
+    content = [size]
     try:
-        states = [(str(path.relative_to(root)), path.stat()) for path in paths]
+        for path in paths:
+            state = path.stat()
+            content.append((str(path.relative_to(root)), state.st_size, state.st_mtime_ns))
     except OSError as error:
         raise UserError(f"cannot read {root}: {error}") from error
-    content = [size, *((name, state.st_size, state.st_mtime_ns) for name, state in states)]
-    digest = hashlib.sha256(repr(content).encode()).hexdigest()
-    images = read_squares(paths, size, caches / f"{root.resolve().name[:80]}-{digest[:16]}.npy")
-    classes = sorted({name for _, name in train})
-    arrays = {"classes": np.array(classes)}
+    digest = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+    images = read_squares(paths, size, caches / f"{root.resolve().name[:80]}-{digest}.npy")
+    classes = np.unique([name for _, name in train])
+    arrays = {"classes": classes}
     parts = {"train": (train, images[:len(train)]), "test": (test, images[len(train):])}
     for part, (pairs, pixels) in parts.items():
         if pairs:
-            large = pixels.nbytes > 2 ** 32
-            arrays[f"{part}_images"] = pixels if large else np.array(pixels)
-            arrays[f"{part}_labels"] = np.array([classes.index(name) for _, name in pairs])
+            arrays[f"{part}_images"] = pixels if pixels.nbytes > 2 ** 32 else np.array(pixels)
+            arrays[f"{part}_labels"] = np.searchsorted(classes, [name for _, name in pairs])
     return arrays
 
 
 def read_squares(paths: list[Path], size: int, cache: Path) -> np.ndarray:
-    """The images as uint8 (N,size,size,3), memory-mapped from `cache`, which is written unless it
-    is there; in memory if it cannot be. UserError naming the images that cannot be read."""
+    """The images as uint8 (N,size,size,3), memory-mapped from the file `cache`, which is written
+    unless it is there. Where it cannot be written or mapped they stay in memory."""
     shape = (len(paths), size, size, 3)
     try:
         if not os.path.exists(cache):
-            write_cache(cache, paths, size)
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            own = cache.with_name(f"{os.getpid()}-{cache.name}")  # ranks write at the same time
+            with replacing(own) as temporary, open(temporary, "wb") as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                file.writelines(decode(paths, size))
+            os.replace(own, cache)
         images = np.load(cache, mmap_mode="c")  # torch warns of arrays that are read-only
+        if (images.shape, images.dtype) != (shape, np.uint8):
+            raise ValueError("it holds other images")
+        return images
     except OSError as error:
-        print(f"the images stay in memory, without a cache ({error})", flush=True)
-        images = np.empty(shape, np.uint8)
-        for i, image in enumerate(decode(paths, size)):
-            images[i] = image
+        print(f"the images stay in memory, without a cache: {error}", flush=True)
+        return np.fromiter(decode(paths, size), np.dtype((np.uint8, shape[1:])), len(paths))
     except (ValueError, EOFError) as error:
         raise UserError(f"the cache {cache} is damaged ({error}): delete it") from error
-    if (images.shape, images.dtype) != (shape, np.uint8):
-        raise UserError(f"the cache {cache} is damaged: delete it")
-    return images
-
-
-def write_cache(cache: Path, paths: list[Path], size: int) -> None:
-    """All images as one .npy file, which appears when it is complete. Of several processes that
-    write it at the same time the last one's stays: all are equal."""
-    shape = (len(paths), size, size, 3)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    if math.prod(shape) > shutil.disk_usage(cache.parent).free:
-        raise OSError(f"{math.prod(shape) / 2 ** 30:.1f} GiB do not fit the disk")
-    temporary = cache.with_name(f"tmp-{os.getpid()}-{cache.name}")
-    try:
-        with open(temporary, "wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            for image in decode(paths, size):
-                file.write(image.tobytes())
-        os.replace(temporary, cache)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def decode(paths: list[Path], size: int) -> Iterator[np.ndarray]:
-    """The centre square of each image, uint8 (size,size,3). After the last one UserError naming
-    those that could not be read."""
+    """The centre square of each image, uint8 (size,size,3). UserError after the last one, with the
+    names of those that cannot be read."""
     unreadable = []
 
     def read(path: Path) -> np.ndarray:
         try:
-            return centre_square(open_image(path), size)
+            return open_square(path, size)
         except UserError as error:
             unreadable.append(str(error))
             return np.zeros((size, size, 3), np.uint8)
@@ -765,58 +698,54 @@ def decode(paths: list[Path], size: int) -> Iterator[np.ndarray]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield from progress(pool.map(read, paths), "reading images", total=len(paths))
     if unreadable:
-        raise UserError(f"mend or remove {len(unreadable)} files that cannot be read, of which at "
-                        f"most 20 here: {'; '.join(sorted(unreadable)[:20])}")
+        raise UserError(f"mend or remove the files that cannot be read, {len(unreadable)}, of "
+                        f"which at most 20 here: {'; '.join(sorted(unreadable)[:20])}")
+
+
+def open_square(source, size: int) -> np.ndarray:
+    """The centre square of an image, uint8 (size,size,3); see `open_image`."""
+    from PIL import Image, ImageOps
+    return np.asarray(ImageOps.fit(open_image(source), (size, size), Image.Resampling.BOX))
 
 
 def open_image(source):
     """An image as a viewer shows it, PIL's in RGB: turned as EXIF says, on white where it is
     transparent, 16 bits as 8. source: a path, an open file, an image of PIL's or an array.
-    UserError naming the file if it cannot be read or is of 32 bits a pixel: the range is unknown."""
-    from PIL import Image, UnidentifiedImageError
+    UserError with the path and what is wrong."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+    is_path = isinstance(source, (str, os.PathLike))
     try:
-        if isinstance(source, (str, os.PathLike)):
-            # a file, not its path: Pillow would map a TIFF with the sides that it has when turned
-            with open(source, "rb") as file:
-                return as_shown(Image.open(file, formats=FORMATS))
-        if isinstance(source, np.ndarray):
-            source = Image.fromarray(source)
-        elif not isinstance(source, Image.Image):
-            source = Image.open(source, formats=FORMATS)
-        return as_shown(source)
+        # a file, not its path: Pillow would map a TIFF with the sides that it has when turned
+        with open(source, "rb") if is_path else contextlib.nullcontext(source) as content:
+            if isinstance(content, np.ndarray):
+                image = Image.fromarray(content)
+            elif isinstance(content, Image.Image):
+                image = content
+            else:
+                image = Image.open(content, formats=FORMATS)
+            image.load()  # turns a TIFF itself, and removes its tag
+        orientation = image.getexif().get(0x0112)
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            pixels = np.asarray(image.convert("I")) >> 8
+            if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # white is 0
+                pixels = 255 - pixels
+            image = Image.fromarray(pixels.astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError("32 bits a pixel: the range is unknown")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        image.info.clear()  # Pillow turns no image with another tag that is broken
+        image.getexif()[0x0112] = orientation
+        return ImageOps.exif_transpose(image)
     except MemoryError:
         raise
-    except UnidentifiedImageError as error:
-        raise UserError(f"{source}: not one of {', '.join(FORMATS)}") from error
     except Exception as error:  # a damaged file raises many kinds
-        raise UserError(f"{source}: {str(error)[:100]}") from error
-
-
-def as_shown(image):
-    """For `open_image`, of PIL's images."""
-    from PIL import Image, ImageOps
-    image.load()  # turns a TIFF itself, and removes its tag
-    orientation = image.getexif().get(0x0112)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        pixels = np.asarray(image.convert("I")) >> 8
-        if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # white is 0
-            pixels = 255 - pixels
-        image = Image.fromarray(pixels.astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("32 bits a pixel: the range is unknown")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    image.info.clear()  # Pillow turns no image with another tag that is broken
-    image.getexif()[0x0112] = orientation
-    return ImageOps.exif_transpose(image)
-
-
-def centre_square(image, size: int) -> np.ndarray:
-    """The centre square of an image of PIL's, uint8 (size,size,3)."""
-    from PIL import Image, ImageOps
-    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BOX))
+        reason = str(error)[:100]
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"no image in {', '.join(FORMATS)}"
+        raise UserError(f"{source if is_path else type(source).__name__}: {reason}") from error
 
 
 def split_test(arrays: Arrays, fraction: float) -> Arrays:
@@ -830,12 +759,17 @@ def split_test(arrays: Arrays, fraction: float) -> Arrays:
 
 
 def resample(images: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (N,H,H,3) -> uint8 (N,size,size,3), each pixel the mean of its area."""
-    if images.shape[1] == size:
-        return images
+    """uint8 (N,H,W), (N,H,W,1) or (N,H,W,3) -> the centre squares, uint8 (N,size,size,3), of which
+    each pixel is the mean of its area."""
+    if images.shape[1:] == (size, size, 3):
+        return images  # on the disk, maybe
+    side = min(images.shape[1:3])
+    top, left = ((length - side) // 2 for length in images.shape[1:3])
+    images = images.reshape(*images.shape[:3], -1)[:, top:top + side, left:left + side]
     parts = []
     for part in torch.from_numpy(images).split(64):  # all as floats might not fit
-        part = F.interpolate(part.permute(0, 3, 1, 2).float(), size=(size, size), mode="area")
+        part = part.permute(0, 3, 1, 2).expand(-1, 3, -1, -1).float()
+        part = F.interpolate(part, size=(size, size), mode="area")
         parts.append(part.round().byte().permute(0, 2, 3, 1).contiguous())
     return torch.cat(parts).numpy()
 
@@ -1324,7 +1258,7 @@ def load_network(path: str) -> tuple[Network, dict]:
 def load_picture(source, about: dict) -> Tensor:
     """An image as the network of `load_network` sees it, float32 (1,3,H,H). source: a path, an open
     file, io.BytesIO, an image of PIL's or an array. UserError if it is no image."""
-    pixels = torch.tensor(centre_square(open_image(source), about["image_size"]))[None]
+    pixels = torch.tensor(open_square(source, about["image_size"]))[None]
     return normalise(pixels, torch.tensor(about["mean"]), torch.tensor(about["std"]))
 
 

@@ -2,7 +2,6 @@
 import itertools
 import json
 import math
-import os
 import pickle
 import platform
 import struct
@@ -13,7 +12,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, arguments
+from conftest import ROOT, arguments, write_folder
 from PIL import Image
 from torchvision.transforms import functional as TF
 
@@ -189,82 +188,35 @@ def write_food101(name, folder, part, images, labels):
 @pytest.mark.parametrize("name, write", [
     ("cifar10", write_cifar), ("cifar100", write_cifar), ("fashion-mnist", write_fashion_mnist),
     ("food101", write_food101)])
-def test_data_sets_from_official_files_then_from_the_cache(name, write, tmp_path, monkeypatch):
+def test_data_sets_from_official_files(name, write, tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.utils.check_md5", lambda *args: True)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 10, 32, 32, 3), dtype=np.uint8)
     labels = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
     for part, images in zip(("train", "test"), pixels):
-        write(name, tmp_path / "official", part, images, labels)
+        write(name, tmp_path, part, images, labels)
+    argv = ("--dataset", name, "--data-dir", str(tmp_path), "--image-size", "32")
 
-    def check(data_dir):
-        argv = ("--dataset", name, "--data-dir", str(data_dir), "--image-size", "32")
+    def check(tolerance):
         for images, expected in zip(common.load_dataset(arguments(*argv)), pixels.astype(int)):
-            difference = np.abs(images.images.numpy() - expected).max()
-            assert difference <= (4 if name == "food101" else 0)  # JPEG
+            assert np.abs(images.images.numpy() - expected).max() <= tolerance
             assert np.array_equal(images.labels, labels)
             assert images.flip == (name != "fashion-mnist")
             assert images.crop == ("resized" if name == "food101" else "pad")
-    check(tmp_path / "official")
-    cache = "food101-32" if name == "food101" else name
-    (tmp_path / "official" / cache).rename(tmp_path / cache)
-    check(tmp_path)
+    check(4 if name == "food101" else 0)  # JPEG
+    np.savez(tmp_path / f"{name}.npz", train_images=pixels[0], train_labels=labels,
+             test_images=pixels[1], test_labels=labels)
+    monkeypatch.setattr(common, "read_torchvision", None)
+    check(0)  # the file comes first
 
 
-def test_impossible_download_says_where_the_files_go(tmp_path, monkeypatch):
+def test_what_cannot_be_downloaded_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive",
                         Mock(side_effect=OSError("no route to host")))
-    with pytest.raises(common.UserError, match=f"no route to host.*files into {tmp_path}"):
-        common.load_dataset(arguments("--dataset", "cifar10", "--data-dir", str(tmp_path)))
-
-
-def write_cache(cache, **arrays):
-    """A sound cache, but for the given arrays."""
-    cache.mkdir()
-    for part, count in (("train", 4), ("test", 2)):
-        np.save(cache / f"{part}_images.npy", np.zeros((count, 32, 32, 3), np.uint8))
-        np.save(cache / f"{part}_labels.npy", np.arange(count) % 2)
-    for name, array in arrays.items():
-        np.save(cache / f"{name}.npy", array)
-
-
-@pytest.mark.parametrize("name, damage", [
-    ("train_images", np.zeros((4, 32, 32, 3), np.float32)), ("train_images", np.uint8(3)),
-    ("train_images", np.zeros((4, 3, 32, 32), np.uint8)), ("train_labels", np.arange(2)),
-    ("test_images", np.zeros((2, 16, 16, 3), np.uint8)), ("test_labels", np.array([0, 7])),
-    ("train_labels", np.array([0, 2, 0, 2])), ("train_labels", np.array([0.5, 1, 0, 1])),
-    ("train_labels", np.array([None] * 4)), ("train_images", 5000), ("test_labels", 0),
-    ("train_images", b"{")])
-def test_damaged_caches_are_refused_and_left_alone(name, damage, tmp_path):
-    write_cache(tmp_path / "cifar10")
-    file = tmp_path / f"cifar10/{name}.npy"
-    if isinstance(damage, int):
-        os.truncate(file, damage)
-    elif isinstance(damage, bytes):  # in the header
-        file.write_bytes(file.read_bytes().replace(b"}", damage))
-    else:
-        np.save(file, damage)
-    before = file.read_bytes()
-    with pytest.raises(common.UserError, match="not a usable cache"):
-        common.load_dataset(arguments("--dataset", "cifar10", "--data-dir", str(tmp_path)))
-    assert file.read_bytes() == before
-
-
-def test_a_cache_of_more_than_4_gib_stays_on_the_disk(tmp_path):
-    """The file is sparse; of its 1400 images the first four are looked at."""
-    write_cache(tmp_path / "large", train_labels=np.arange(1400) % 2,
-                test_images=np.zeros((2, 1024, 1024, 3), np.uint8))
-    file = np.lib.format.open_memmap(tmp_path / "large/train_images.npy", "w+", np.uint8,
-                                     (1400, 1024, 1024, 3))
-    file[:4] = np.random.default_rng(0).integers(0, 256, (4, 1024, 1024, 3))
-    arrays = common.read_cache(tmp_path / "large")
-    pixels = arrays["train_images"][:4]
-    arrays |= {"train_images": pixels, "train_labels": arrays["train_labels"][:4]}
-    train, test = common.make_images(arrays, {"flip": True, "crop": "pad"}, "meta")
-    assert train.images.data_ptr() == pixels.ctypes.data
-    assert np.array_equal(pixels, file[:4])
-    assert test.images.device.type == "meta"
-    batch = next(train.subset([3, 0]).passes(2, common.generator(0), common.generator(1)))
-    assert [tensor.device.type for tensor in batch] == ["meta", "meta"]
+    for reason in ("no route to host", "import of torchvision halted"):
+        with pytest.raises(common.UserError, match=f"{reason}.*files into {tmp_path}"):
+            common.load_dataset(arguments("--dataset", "cifar10", "--data-dir", str(tmp_path)))
+        monkeypatch.setitem(sys.modules, "torchvision", None)  # not installed
+    common.load_dataset(arguments("--dataset", str(write_folder(tmp_path / "pets"))))
 
 
 @pytest.mark.parametrize("argv, search, expected", [

@@ -1,7 +1,7 @@
 """Folders and files of one's own: what is read, refused, left out, split and cached."""
+import io
 import os
 import shutil
-import sys
 from unittest.mock import Mock
 
 import numpy as np
@@ -79,153 +79,196 @@ def test_turned_tiffs_keep_their_pixels(mode, tmp_path):
     assert np.array_equal(shown[..., 0], np.rot90(pixels))
 
 
-@pytest.mark.parametrize("name, mode, kind, message", [
-    ("float.tif", "F", None, "TIFF: 32 bits"), ("int.tif", "I", None, "TIFF: 32 bits"),
-    ("a.jpg", "RGB", "GIF", "GIF: a format"), ("a.png", "RGB", "PDF", "no image")])
-def test_pictures_without_a_meaning_are_refused(name, mode, kind, message, tmp_path):
-    Image.new(mode, (40, 40)).save(tmp_path / name, kind)
-    with pytest.raises(common.UserError, match=f"{name} .*{message}"):
-        common.open_image(tmp_path / name)
+def test_load_picture_takes_what_pil_opens(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    PLAIN.save(path)
+    about = {"image_size": 20, "mean": [10.0, 20.0, 30.0], "std": [2.0, 4.0, 5.0]}
+    pixels = np.asarray(PLAIN)[::2, ::2].astype(float)
+    expected = ((pixels - about["mean"]) / about["std"]).transpose(2, 0, 1)[None]
+    with open(path, "rb") as file, Image.open(path) as image:
+        for source in (path, str(path), file, image, io.BytesIO(path.read_bytes()), PLAIN,
+                       np.asarray(PLAIN)):
+            assert np.allclose(common.load_picture(source, about), expected, atol=1e-5)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(common.UserError, match="a.png: .*1600 pixels.* exceeds limit"):
+        common.load_picture(path, about)
 
 
 def test_all_that_cannot_be_read_is_in_one_message(tmp_path):
     folder = write_folder(tmp_path / "pets")
-    (folder / "train/cat/1.bmp").write_bytes(b"")
-    Image.new("L", (9, 9)).save(folder / "train/dog/0.bmp", "GIF")
     whole = (folder / "test/dog/2.bmp").read_bytes()
     (folder / "test/dog/2.bmp").write_bytes(whole[:2000])
-    with pytest.raises(common.UserError) as error:
+    (folder / "train/cat/1.bmp").write_bytes(b"")
+    for name, mode, kind in (("train/dog/0.bmp", "L", "GIF"), ("train/dog/a.png", "L", "PDF"),
+                             ("test/cat/f.tif", "F", "TIFF"), ("test/cat/i.tif", "I", "TIFF")):
+        Image.new(mode, (9, 9)).save(folder / name, kind)
+    with pytest.raises(common.UserError, match="cannot be read, 6, ") as error:
         load(folder, tmp_path)
-    for words in ("train/cat/1.bmp (no image: ", "train/dog/0.bmp (GIF: ", "test/dog/2.bmp (BMP: "):
-        assert words in str(error.value)
-    assert not list(tmp_path.glob("tmp-*"))
-    for path in ("train/cat/1.bmp", "train/dog/0.bmp", "test/dog/2.bmp"):
-        (folder / path).unlink()
+    for reason, names in (("image file is truncated", ["test/dog/2.bmp"]),
+                          ("32 bits a pixel", ["test/cat/f.tif", "test/cat/i.tif"]), (
+                          "no image", ["train/cat/1.bmp", "train/dog/0.bmp", "train/dog/a.png"])):
+        for name in names:
+            assert f"{name}: {reason}" in str(error.value)
+            (folder / name).unlink()
+    assert not os.listdir(tmp_path / "cache")
     train, test = load(folder, tmp_path)
     assert (values(train), values(test)) == ([0, 2, 51, 52], [0, 1, 2, 50, 51])
 
 
-# -------------------------------------------------------------------------- folders and splits
+# ------------------------------------------------------------------------------------- layouts
 
-def test_what_is_left_out_is_counted(tmp_path, capsys):
+def write_images(folder, *counts):
+    """"cat:3" stands for three images in the folder cat. The values of all are different."""
+    value = 0
+    for text in counts:
+        name, count = text.split(":")
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(int(count)):
+            Image.new("RGB", (9, 9), (value, 0, 0)).save(folder / name / f"{i}.PNG")
+            value += 1
+    return folder
+
+
+@pytest.mark.parametrize("layout, classes, train_values, test_values, left_out", [
+    ("train/a:2 train/b:1 test/a:1 test/b:1", "ab", [0, 1, 2], [3, 4], ""),
+    ("Training_set/a:1 Training_set/b:1 Validation/b:1", "ab", [0, 1], [2], ""),
+    ("train/a/images:1 train/b/images:1 val/a:1 val/b:1 test/images:2", "ab", [0, 1], [2, 3],
+     "2 files or folders, such as test/images/0.PNG"),  # Tiny ImageNet
+    ("train/a:1 train/b:1 test:1 val/a:1 val/b:1", "ab", [0, 1], [3, 4], "such as test/0.PNG"),
+    ("train/a:1 train/b:1 test/a:1 val/a:1 val/b:1", "ab", [0, 1], [3, 4], "test/a/0.PNG"),
+    ("train/a:1 train/b:1 test/a:1 test/b:0 b:1 .:1", "ab", [0, 1], [2], "2 files"),
+    ("train/train:1 train/test:1 test/train:1", ["test", "train"], [1, 0], [2], ""),
+    ("train/a:1 train/b:1 test/a:1 train/@eaDir/a:2 test/a/@eaDir/0.PNG:1 .cache/a:1 __MACOSX:1 "
+     "$RECYCLE.BIN/a:1 lost+found:1 train/#recycle:1", "ab", [0, 1], [2], "7 files or folders")])
+def test_layouts_that_people_have(layout, classes, train_values, test_values, left_out, tmp_path,
+                                  capsys):
+    train, test = load(write_images(tmp_path / "set", *layout.split()), tmp_path)
+    assert train.classes == list(classes)
+    assert (values(train), values(test)) == (train_values, test_values)
+    assert train.labels.tolist() == sorted(train.labels.tolist())
+    out = capsys.readouterr().out
+    assert left_out in out and bool(left_out) == bool(out)
+
+
+@pytest.mark.parametrize("layout, message", [
+    ("train:4 test:2", "expected .*train/<class>/ .* found images in test/, train/"),
+    ("train_images:4 test_images:2", "found"), ("bus:2 car:2 train:2", "in bus/, car/, train/"),
+    ("bus:2 train/steam:2 train/diesel:2", r"in bus/, train/ \(diesel, steam\)"),
+    ("train_1/a:1 train_1/b:1 train_2/a:1 train_2/b:1", "found"), ("test/a:1 test/b:1", "found"),
+    ("train/train:2 test/test:2", r"in test/ \(test\), train/ \(train\)"), (".:3", "in no folder"),
+    ("images/train/a:1 images/train/b:1", r"images/ \(train\)"), ("a/@eaDir:3", "in no folder"),
+    ("train/a:1 train/b:1 test/a:1 test/B:1", "no test set: .*test has the class B"),
+    ("train/a:1 train/b:1 test:1 val/images:1", "test has no classes, val has the class images"),
+    (" ".join(f"train/n{i:0200}:1 val/m{i:0200}:1" for i in range(30)), "no test set"),
+    (" ".join(f"val{i:0200}:1" for i in range(30)), "found")])
+def test_other_layouts_are_refused_in_a_line(layout, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "set", *layout.split())
+    with pytest.raises(common.UserError, match=message) as error:
+        load("set", tmp_path)
+    assert len(str(error.value)) <= 300
+
+
+def test_links_are_followed_but_not_back_up_and_hidden_files_left_out(tmp_path, capsys):
     folder = write_folder(tmp_path / "pets")
-    shutil.copytree(folder / "train/cat", folder / "train/.ipynb_checkpoints")
-    shutil.copy(folder / "train/cat/0.bmp", folder / "test/dog/._0.bmp")
-    shutil.copy(folder / "train/cat/0.bmp", folder / "train/dog/x.gif")
     (folder / "train/cat/gone.bmp").symlink_to("nowhere")
+    shutil.copy(folder / "train/cat/0.bmp", folder / "train/cat/._0.bmp")  # as macOS does
     (folder / "train/cat/loop").symlink_to("..")
-    (folder / "test/owl").mkdir()
-    (folder / "old").mkdir()
+    (folder / "train/cat/self").symlink_to("self")
+    (folder / "train/cat/far").symlink_to(tmp_path)
+    (folder / "train/bird").symlink_to(folder / "train/cat")
     train, test = load(folder, tmp_path)
-    assert train.classes == ["cat", "dog"]
-    assert (values(train), values(test)) == ([0, 1, 2, 50, 51, 52], [0, 1, 2, 50, 51, 52])
-    line, = capsys.readouterr().out.splitlines()
-    assert sorted(line.removeprefix(f"left out of {folder}: ").split(", ")) == [
-        "1 *.gif", "1 hidden", "1 old/", "1 test/owl/ without an image", "1 that lead to no file"]
+    assert train.classes == ["bird", "cat", "dog"]
+    assert (values(train), values(test)) == ([0, 1, 2, 0, 1, 2, 50, 51, 52], [0, 1, 2, 50, 51, 52])
+    printed = capsys.readouterr().out
+    assert f"{folder}: 10 files or folders, such as train/bird/._0.bmp: hidden" in printed
 
 
-@pytest.mark.parametrize("parts, used", [
-    (("train", "test"), "test"), (("train", "val"), "val"),
-    (("Training_set", "Validation"), "Validation"),
-    (("train", "val", "test"), "test"), (("train", "valid", "testing"), "testing")])
-def test_the_splits_that_people_have(parts, used, tmp_path):
-    folder = tmp_path / "pets"
-    for part in parts:
-        write_folder(folder, parts=(part,), count=2 + len(part))
-    train, test = load(folder, tmp_path)
-    assert (len(train), len(test)) == (2 * (2 + len(parts[0])), 2 * (2 + len(used)))
-
-
-def test_a_folder_without_a_split_needs_a_fraction(tmp_path):
-    write_folder(tmp_path / "flat", parts=(".",), count=10)
-    write_folder(tmp_path / "kaggle", parts=("train",), count=10)
-    (tmp_path / "kaggle/test").mkdir()
-    shutil.copy(tmp_path / "flat/cat/0.bmp", tmp_path / "kaggle/test")
-    for name in ("flat", "kaggle"):
-        with pytest.raises(common.UserError, match=f"{name} has no test set.*--test-fraction"):
-            load(tmp_path / name, tmp_path)
-        train, test = load(tmp_path / name, tmp_path, "--test-fraction", "0.3")
-        assert sorted(values(train) + values(test)) == [*range(10), *range(50, 60)]
+def test_without_a_test_set_a_fraction_is_split_off(tmp_path):
+    flat = write_images(tmp_path / "flat", "a:10", "b:10")
+    kaggle = write_images(tmp_path / "kaggle", "train/a:10", "train/b:10", "test:5")
+    for folder in (flat, kaggle):
+        train, test = load(folder, tmp_path, "--test-fraction", "0.3")
+        assert sorted(values(train) + values(test)) == [*range(20)]
         assert train.labels.bincount().tolist() == [7, 7]
-        other, _ = load(tmp_path / name, tmp_path, "--test-fraction", "0.3", "--seed", "1")
+        other, _ = load(folder, tmp_path, "--test-fraction", "0.3", "--seed", "1")
         assert values(other) == values(train)  # no seed trains on another one's test images
-    with pytest.raises(common.UserError, match="--test-fraction: .*kaggle has a test set of its"):
-        write_folder(tmp_path / "kaggle", parts=("test",))
-        load(tmp_path / "kaggle", tmp_path, "--test-fraction", "0.3")
-
-
-def test_classes_that_differ_or_are_too_small_are_named(tmp_path):
-    folder = write_folder(tmp_path / "pets", ("cat", "dog", "owl"))
-    (folder / "test/owl").rename(folder / "test/Owl")
-    with pytest.raises(common.UserError, match="training images: owl; only .*: Owl"):
-        load(folder, tmp_path)
-    (folder / "test/Owl").rename(folder / "test/owl")
-    for i in (0, 1):
-        (folder / f"train/owl/{i}.bmp").unlink()
-    train, _ = load(folder, tmp_path)
-    with pytest.raises(common.UserError, match="the smallest, owl, has 1"):
-        common.split_for_search(train, arguments("--batch-size", "2"))
-    with pytest.raises(common.UserError, match="two or more classes are needed, found cat"):
-        load(write_folder(tmp_path / "one", ("cat",)), tmp_path)
+    with pytest.raises(common.UserError, match="the smallest, b, has 1"):
+        common.split_for_search(train.subset([0, 1, 13]), arguments("--batch-size", "2"))
+    write_images(kaggle, "val/a:1", "val/b:1")
+    for name in (kaggle, "digits"):
+        with pytest.raises(common.UserError, match=f"--test-fraction: {name} has a test set"):
+            load(name, tmp_path, "--test-fraction", "0.3")
 
 
 # ------------------------------------------------------------------------------------ npz files
 
-def arrays_like_medmnist(**changes):
+def write_npz(path, **changes):
+    """A file like MedMNIST's, but for the changes; None: without that array."""
     rng = np.random.default_rng(0)
     arrays = {}
     for part, count in (("train", 8), ("val", 2), ("test", 4)):
         arrays[f"{part}_images"] = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
         arrays[f"{part}_labels"] = np.arange(count, dtype=np.uint8)[:, None] % 2 + 3
-    return arrays | changes
+    arrays |= changes
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
 
 
-@pytest.mark.parametrize("shape", [(28, 28), (28, 28, 1), (28, 28, 3), (28, 36, 3)])
+@pytest.mark.parametrize("shape", [(28, 28), (28, 28, 1), (28, 28, 3), (28, 36, 3), (35, 28, 1)])
 def test_files_like_medmnists(shape, tmp_path):
     images = np.random.default_rng(1).integers(0, 256, (8, *shape), dtype=np.uint8)
-    np.savez(tmp_path / "blood.npz", **arrays_like_medmnist(train_images=images))
-    args = arguments("--dataset", str(tmp_path / "blood.npz"), "--data-dir", str(tmp_path))
-    train, test = common.load_dataset(args)
-    expected = images.reshape(8, 28, shape[1], -1)[:, :, (shape[1] - 28) // 2:][:, :, :28]
-    assert np.array_equal(train.images, np.broadcast_to(expected, (8, 28, 28, 3)))
-    assert (train.classes, train.labels.tolist()) == (["3", "4"], [0, 1] * 4)
-    assert len(test) == 4
+    write_npz(tmp_path / "blood.npz", train_images=images)
+    top = (shape[0] - 28) // 2
+    left = (shape[1] - 28) // 2
+    expected = images.reshape(8, *shape[:2], -1)[:, top:top + 28, left:left + 28]
+    for name in ("blood", str(tmp_path / "blood.npz")):  # the former is one in --data-dir
+        args = arguments("--dataset", name, "--data-dir", str(tmp_path), "--no-flip")
+        train, test = common.load_dataset(args)
+        assert np.array_equal(train.images, np.broadcast_to(expected, (8, 28, 28, 3)))
+        assert (train.classes, train.labels.tolist()) == (["3", "4"], [0, 1] * 4)
+        assert (len(test), train.flip) == (4, False)
+    assert os.listdir(tmp_path) == ["blood.npz"]  # no cache
+
+
+@pytest.mark.parametrize("test_labels, val_labels, count", [
+    (None, [3, 4], 2), ([], [3, 4], 2), ([3, 4, 3, 9], [3, 4], 2), ([3, 3, 3, 3], None, 4)])
+def test_the_test_set_of_a_file(test_labels, val_labels, count, tmp_path):
+    labels = [None if numbers is None else np.array(numbers, int)
+              for numbers in (test_labels, val_labels)]
+    write_npz(tmp_path / "a.npz", test_labels=labels[0], val_labels=labels[1])
+    _, test = load("a", tmp_path)
+    assert len(test) == count
 
 
 @pytest.mark.parametrize("changes, message", [
     ({"train_images": np.zeros((8, 28, 28), np.float32)}, "train_images: float32"),
     ({"test_images": np.zeros((4, 28, 28, 28), np.uint8)}, r"test_images: uint8 \(4, 28, 28, 28\)"),
-    ({"train_images": np.zeros((8, 784), np.uint8)}, r"train_images: uint8 \(8, 784\)"),
-    ({"train_labels": np.zeros((8, 14), np.uint8)}, r"train_labels: uint8 \(8, 14\), not one"),
-    ({"test_labels": np.zeros(4)}, "test_labels: float64"),
-    ({"test_labels": np.array([3, 4, 3, 9])}, "test_labels: one is no training image's"),
+    ({"train_images": np.zeros((7, 28, 28), np.uint8)}, r"uint8 \(7, 28, 28\), train_labels.*8, 1"),
+    ({"train_labels": np.zeros((8, 14), np.uint8)}, "1 classes; train_labels uint8"),
+    ({"test_labels": np.zeros(4)}, "test_labels float64"), ({"train_labels": None}, "train_labels"),
     ({"train_labels": np.array([None] * 8)}, "pickle"),
-    ({"test_labels": np.zeros(0, int), "test_images": np.zeros((0, 8, 8), np.uint8)}, "two or")])
+    ({"test_labels": np.array([3, 4, 3, 9]), "val_labels": None}, "test has the class 9"),
+    ({"test_labels": None, "val_labels": None}, "there is neither.; --test-fraction")])
 def test_other_files_are_refused(changes, message, tmp_path):
-    np.savez(tmp_path / "blood.npz", **arrays_like_medmnist(**changes))
-    with pytest.raises(common.UserError, match=f"blood.npz.*: .*{message}"):
-        load(tmp_path / "blood.npz", tmp_path)
+    write_npz(tmp_path / "blood.npz", **changes)
+    with pytest.raises(common.UserError, match=f"blood.*{message}"):
+        load("blood", tmp_path)
 
 
-def test_a_file_without_a_test_set(tmp_path):
-    arrays = arrays_like_medmnist()
-    np.savez(tmp_path / "a.npz", train_images=arrays["train_images"],
-             train_labels=arrays["train_labels"])
-    (tmp_path / "b.npz").write_bytes(b"PK nothing")
-    np.savez_compressed(tmp_path / "c.npz", **arrays)
-    damaged = bytearray((tmp_path / "c.npz").read_bytes())
-    damaged[66:70] = b"\xff" * 4  # where zlib begins
-    (tmp_path / "c.npz").write_bytes(damaged)
-    train, test = load(tmp_path / "a.npz", tmp_path, "--test-fraction", "0.25")
-    assert (len(train), len(test)) == (6, 2)
-    for name in ("b.npz", "c.npz"):
-        with pytest.raises(common.UserError, match=f"cannot use .*{name}"):
-            load(tmp_path / name, tmp_path)
+def test_damaged_files_and_unknown_names(tmp_path):
+    write_npz(tmp_path / "blood.npz")
+    whole = (tmp_path / "blood.npz").read_bytes()
+    for damaged in (b"", b"PK nothing", whole[:900], whole.replace(b"NUMPY", b"numpy")):
+        (tmp_path / "blood.npz").write_bytes(damaged)
+        with pytest.raises(common.UserError, match="cannot use .*blood.npz .*: expected train_im"):
+            load("blood", tmp_path)
+    with pytest.raises(common.UserError, match="unknown data set 'pet': choose digits, .* folder"):
+        load("pet", tmp_path)
 
 
-# ---------------------------------------------------------------------------------- the caches
+# ---------------------------------------------------------------------------------- the cache
 
-def test_a_cache_is_valid_by_content(tmp_path, monkeypatch):
+def test_the_cache_is_found_by_content(tmp_path, monkeypatch):
     """Class folders are links to a store, where images are deleted and replaced behind it."""
     write_folder(tmp_path / "store", parts=(".",))
     folder = tmp_path / "pets"
@@ -235,12 +278,12 @@ def test_a_cache_is_valid_by_content(tmp_path, monkeypatch):
             (folder / part / name).symlink_to(tmp_path / "store" / name)
 
     def loaded():
-        return values(load(folder, tmp_path / "caches")[0])
+        return values(load(folder, tmp_path / "data")[0])
     assert loaded() == [0, 1, 2, 50, 51, 52]
     (tmp_path / "elsewhere").mkdir()
     folder = folder.rename(tmp_path / "elsewhere/pets")
     with monkeypatch.context() as patch:
-        patch.setattr(common, "write_cache", None)  # paths do not count
+        patch.setattr(common, "decode", None)  # where the folder lies does not count
         assert loaded() == [0, 1, 2, 50, 51, 52]
     (tmp_path / "store/cat/1.bmp").unlink()
     assert loaded() == [0, 2, 50, 51, 52]
@@ -248,32 +291,43 @@ def test_a_cache_is_valid_by_content(tmp_path, monkeypatch):
     os.utime(tmp_path / "older.bmp", (1e9, 1e9))
     shutil.copy2(tmp_path / "older.bmp", tmp_path / "store/dog/0.bmp")  # cp -p
     assert loaded() == [0, 2, 9, 51, 52]
-    os.utime(tmp_path / "store/dog/1.bmp", (4e9, 4e9))
-    Image.new("RGB", (60, 40), (8, 8, 8)).save(tmp_path / "store/dog/2.bmp")
-    assert loaded() == [0, 2, 9, 51, 8]
+    Image.new("RGB", (90, 40), (8, 8, 8)).save(tmp_path / "store/dog/0.bmp")
+    os.utime(tmp_path / "store/dog/0.bmp", (1e9, 1e9))
+    assert loaded() == [0, 2, 8, 51, 52]
+    assert load(folder, tmp_path / "data", "--image-size", "12")[0].size == 12
+    for cache in (tmp_path / "data/cache").iterdir():
+        os.truncate(cache, 2000)
+    with pytest.raises(common.UserError, match="cache .*/data/cache/pets-.* is damaged.*delete it"):
+        loaded()
 
 
-def test_where_nobody_may_write_caches_go_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+@pytest.mark.parametrize("name", ["os.replace", "numpy.load"])
+def test_without_a_cache_images_stay_in_memory(name, tmp_path, monkeypatch, capsys):
     folder = write_folder(tmp_path / "pets")
     (tmp_path / "file").touch()
-    train, _ = load(folder, tmp_path / "file")  # no folder can be made of a file
-    caches = list((tmp_path / "home/.cache/cnn-pooling").glob("pets-*-16"))
-    assert len(caches) == 1
-    load(folder, tmp_path / "file", "--cache-dir", str(tmp_path / "caches"))
-    assert len(list((tmp_path / "caches").glob("pets-*-16"))) == 1
-    monkeypatch.setattr(common, "lock", None)  # a cache that is there needs nothing but reading
-    again, _ = load(folder, tmp_path / "file")
-    assert values(again) == values(train)
-    monkeypatch.undo()
-    with pytest.raises(common.UserError, match="no cache can be written.*give another --cache-dir"):
-        load(folder, tmp_path, "--cache-dir", str(tmp_path / "file"), "--image-size", "17")
+    expected = load(folder, tmp_path / "data")
+    monkeypatch.setattr(name, Mock(side_effect=OSError("not on this disk")))
+    for data_dir in (tmp_path / "other", tmp_path / "file"):  # no folder can be made of a file
+        for images, other in zip(load(folder, data_dir), expected):
+            assert np.array_equal(images.images, other.images)
+            assert np.array_equal(images.labels, other.labels)
+    assert capsys.readouterr().out.count("the images stay in memory, without a cache: ") == 2
+    assert len(os.listdir(tmp_path / "other/cache")) == (name == "numpy.load")
 
 
-def test_without_file_locks_there_is_a_warning(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError("No locks available")))
-    load(write_folder(tmp_path / "pets"), tmp_path)
-    monkeypatch.setitem(sys.modules, "fcntl", None)  # Windows
-    load(tmp_path / "pets", tmp_path, "--image-size", "17")
-    warning, other = capsys.readouterr().err.splitlines()
-    assert "cannot be locked here (No locks" in warning and "only Linux and macOS" in other
+def test_more_than_4_gib_stay_on_the_disk(tmp_path, monkeypatch):
+    """The cache is sparse; of its 1402 images, two of them for testing, four are looked at."""
+    folder = write_images(tmp_path / "set", "a:2", "b:2")
+    train = [(path, path.parent.name) for path in sorted(folder.rglob("*.PNG"))] * 350
+    cache = np.lib.format.open_memmap(tmp_path / "large.npy", "w+", np.uint8, (1402, 1024, 1024, 3))
+    cache[:4] = np.random.default_rng(0).integers(0, 256, (4, 1024, 1024, 3))
+    images = np.load(tmp_path / "large.npy", mmap_mode="c")
+    monkeypatch.setattr(common, "read_squares", lambda *args: images)
+    arrays = common.read_pictures(folder, train, train[:2], 1024, tmp_path)
+    arrays |= {f"train_{name}": arrays[f"train_{name}"][:4] for name in ("images", "labels")}
+    train, test = common.make_images(arrays, True, "pad", "meta")
+    assert train.images.data_ptr() == images.ctypes.data
+    assert np.array_equal(train.images, cache[:4])
+    assert test.images.device.type == "meta"
+    batch = next(train.subset([3, 0]).passes(2, common.generator(0), common.generator(1)))
+    assert [tensor.device.type for tensor in batch] == ["meta", "meta"]
