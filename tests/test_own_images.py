@@ -185,7 +185,7 @@ def test_links_are_followed_but_not_back_up_and_hidden_files_left_out(tmp_path, 
 
 
 def test_without_a_test_set_a_fraction_is_split_off(tmp_path):
-    flat = write_images(tmp_path / "flat", "a:10", "b:10")
+    flat = write_images(tmp_path / "flat", "train_station:10", "valley:10")
     kaggle = write_images(tmp_path / "kaggle", "train/a:10", "train/b:10", "test:5")
     for folder in (flat, kaggle):
         train, test = load(folder, tmp_path, "--test-fraction", "0.3")
