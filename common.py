@@ -306,6 +306,8 @@ def prepare_torch(args: Namespace) -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     args.device = choose_device(args.device)
+    if torch.device(args.device).type == "cuda":  # the stream that torch begins with has no graphs
+        torch.cuda.set_stream(torch.cuda.Stream(args.device))
     keep_freed_memory()
 
 
@@ -1025,6 +1027,18 @@ def compare_kernels(args: Namespace, space: Space, images: Images) -> str:
             gradients += [p.grad for p in network.parameters() if p.grad is not None]
         return [tensor.detach().double().cpu() for tensor in logits + gradients]
 
+    def time_replays() -> float:
+        """Seconds of a training step with each configuration, once they are graphs."""
+        learner = Learner(network, args)
+        for repeat in range(23):
+            if repeat == 3:
+                metrics.cpu()  # waits
+                start = time.perf_counter()
+            for config in configs:
+                metrics = learner.step(pixels, labels, config, 0.0)
+        metrics.cpu()
+        return (time.perf_counter() - start) / 20
+
     try:
         use_kernel("fused")
     except UserError as error:
@@ -1032,8 +1046,8 @@ def compare_kernels(args: Namespace, space: Space, images: Images) -> str:
         return "native"
     network = make_network(args, images, supernet="split" in args)
     count = 32 if torch.device(args.device).type == "cuda" else 8  # enough; float64 takes memory
-    count = min(count, args.batch_size, len(images))
-    pixels, labels = images.batch(torch.arange(count, device=images.rows.device))
+    index = torch.arange(min(args.batch_size, len(images)), device=images.rows.device)
+    pixels, labels = images.batch(index[:count])
     use_kernel("native")
     exact = step(copy.deepcopy(network).double(), "off")
     seconds = {}
@@ -1051,6 +1065,11 @@ def compare_kernels(args: Namespace, space: Space, images: Images) -> str:
             bound = 0.02 if i < len(configs) else 0.5
             if not (fused - true).norm() <= 4 * (native - true).norm() + bound * true.norm():
                 raise RuntimeError("an output or a gradient is wrong")
+        if Learner(network, args).graphs.enabled:  # time what the run will do
+            pixels, labels = images.batch(index)
+            for kernel in seconds:
+                use_kernel(kernel)
+                seconds[kernel] = time_replays()
     except Exception as error:
         if fused_kernels is None:
             raise
@@ -1058,8 +1077,8 @@ def compare_kernels(args: Namespace, space: Space, images: Images) -> str:
               "report this, with the output of python kernels/benchmark.py", file=sys.stderr)
         return "native"
     faster = min(seconds, key=seconds.get)
-    print(f"{len(labels)} images, a training step: {500 * seconds['fused']:.0f} ms with fused "
-          f"kernels, {500 * seconds['native']:.0f} ms with native ops: {faster}", flush=True)
+    print(f"{len(labels)} images, a training step: {500 * seconds['fused']:.1f} ms with fused "
+          f"kernels, {500 * seconds['native']:.1f} ms with native ops: {faster}", flush=True)
     return faster
 
 
@@ -1393,38 +1412,126 @@ def autocast(device: torch.device | str, amp: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp == "bf16")
 
 
+class Graphs:
+    """Calls functions as CUDA graphs. A training step of ResNet-20 starts about 190 kernels, and
+    the CPU needs longer to start them than the GPU to run them; a graph of them is one call.
+
+    A kind of call is a function, a configuration and the shapes of a batch. The first call of a
+    kind runs as it is, in which cuDNN chooses its algorithms. The second is captured, and from then
+    on its graph is replayed. A graph reads and writes the tensors that were there when it was
+    captured, so the batch is copied into inputs that stay, and all that a function reads besides,
+    or changes, must stay, too. The graphs of a process run one after the other, so they share
+    inputs and memory, and a result is copied before the next graph overwrites it. No graph is
+    dropped to make room for another: that would free memory of cuBLAS that the others use.
+    """
+    device_type = "cuda"
+    most = 600  # graphs of a process; a kind of call that comes later runs as it is
+    usable = True  # until a capture fails
+    alive = weakref.WeakSet()
+    pool = None
+    inputs: dict[tuple, list[Tensor]] = {}  # by their shapes
+
+    def __init__(self, device: torch.device):
+        self.enabled = device.type == Graphs.device_type
+        self.calls = Counter()
+        self.captured = {}  # by kind of call: (graph, result)
+
+    def __call__(self, function: Callable, config: Config, *batch: Tensor) -> Tensor:
+        """function(*batch, config)"""
+        shapes = tuple(tensor.shape for tensor in batch)
+        kind = (function.__name__, config, shapes)
+        self.calls[kind] += 1
+        inputs = Graphs.inputs.get(shapes)
+        if self.enabled and self.calls[kind] == 2 and len(Graphs.alive) < Graphs.most:
+            inputs = Graphs.inputs.setdefault(shapes, [tensor.clone() for tensor in batch])
+            self.capture(kind, function, *inputs, config)
+        if kind not in self.captured:
+            return function(*batch, config)
+        for held, tensor in zip(inputs, batch):
+            held.copy_(tensor)
+        graph, result = self.captured[kind]
+        graph.replay()
+        return result.clone()
+
+    def capture(self, kind: tuple, function: Callable, *arguments) -> None:
+        """Record what a call would run on the GPU, and run none of it. Not every network of a
+        user's own can be captured; one that fails ends all capturing, with a warning."""
+        if not Graphs.usable:
+            return
+        if not Graphs.alive:  # torch refuses the pool of graphs that are gone
+            Graphs.pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, Graphs.pool, torch.cuda.current_stream()):
+                result = function(*arguments)
+        except Exception as error:
+            Graphs.usable = False
+            reason = str(error).partition("\n")[0]
+            print(f"warning: no CUDA graphs ({reason}); steps take longer", file=sys.stderr)
+            return
+        Graphs.alive.add(graph)
+        self.captured[kind] = graph, result
+
+
 class Learner:
-    """A network that learns, with its SGD."""
+    """A network that learns, with its SGD. On a GPU it calls its steps as graphs."""
 
     def __init__(self, network: nn.Module, args: Namespace):
         self.network = network
         self.amp = args.amp
         self.optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=args.momentum,
                                          weight_decay=args.weight_decay)
+        self.begin_graphs()
+
+    def begin_graphs(self) -> None:
+        """Without any graph. What graphs will read and change is made, where they are used."""
+        device = next(self.network.parameters()).device
+        self.graphs = Graphs(device)
+        settings = self.optimizer.param_groups[0]
+        settings["fused"] = self.graphs.enabled or None  # only then the GPU reads the rate itself
+        if self.graphs.enabled:
+            settings["lr"] = torch.zeros((), device=device)
+            for parameter in self.network.parameters():
+                momentum = torch.zeros_like(parameter)  # as good as none
+                self.optimizer.state[parameter].setdefault("momentum_buffer", momentum)
 
     def step(self, images: Tensor, labels: Tensor, config: Config, lr: float) -> Tensor:
         """One SGD step. Loss and accuracy of the batch, float64 (2,), left on the device."""
-        self.optimizer.param_groups[0]["lr"] = lr
+        if self.graphs.enabled:
+            self.optimizer.param_groups[0]["lr"].fill_(lr)
+        else:
+            self.optimizer.param_groups[0]["lr"] = lr
+        return self.graphs(self.compute_step, config, images, labels)
+
+    def compute_step(self, images: Tensor, labels: Tensor, config: Config) -> Tensor:
         with autocast(images.device, self.amp):
             logits = self.network(images, config)
             loss = F.cross_entropy(logits, labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+        if self.graphs.enabled:  # a gradient may lie in memory that graphs share
+            self.optimizer.zero_grad(set_to_none=True)
         return torch.stack([loss.detach().double(), accuracy(logits, labels)])
 
-    @torch.inference_mode()
     def validate(self, images: Tensor, labels: Tensor, config: Config) -> Tensor:
         """The accuracy of a batch, float64 (), left on the device. Nothing is learned."""
+        return self.graphs(self.compute_accuracy, config, images, labels)
+
+    @torch.inference_mode()
+    def compute_accuracy(self, images: Tensor, labels: Tensor, config: Config) -> Tensor:
         with autocast(images.device, self.amp):
             return accuracy(self.network(images, config), labels)
 
     def state_dict(self) -> dict:
-        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        optimizer = self.optimizer.state_dict()
+        optimizer["param_groups"][0]["lr"] = float(optimizer["param_groups"][0]["lr"])
+        return {"network": self.network.state_dict(), "optimizer": optimizer}
 
     def load_state_dict(self, state: dict) -> None:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.begin_graphs()  # these momenta are others than before
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
