@@ -35,6 +35,7 @@ from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean, stdev
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -1427,7 +1428,7 @@ class Graphs:
     device_type = "cuda"
     most = 600  # graphs of a process; a kind of call that comes later runs as it is
     usable = True  # until a capture fails
-    alive = weakref.WeakSet()
+    alive = WeakSet()
     pool = None
     inputs: dict[tuple, list[Tensor]] = {}  # by their shapes
 
