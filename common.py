@@ -1031,14 +1031,14 @@ def compare_kernels(args: Namespace, space: Space, images: Images) -> str:
     def time_replays() -> float:
         """Seconds of a training step with each configuration, once they are graphs."""
         learner = Learner(network, args)
-        for repeat in range(23):
+        for repeat in range(13):
             if repeat == 3:
                 metrics.cpu()  # waits
                 start = time.perf_counter()
             for config in configs:
                 metrics = learner.step(pixels, labels, config, 0.0)
         metrics.cpu()
-        return (time.perf_counter() - start) / 20
+        return (time.perf_counter() - start) / 10
 
     try:
         use_kernel("fused")
