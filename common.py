@@ -1028,27 +1028,15 @@ def compare_kernels(args: Namespace, space: Space, images: Images) -> str:
             gradients += [p.grad for p in network.parameters() if p.grad is not None]
         return [tensor.detach().double().cpu() for tensor in logits + gradients]
 
-    def time_replays() -> float:
-        """Seconds of a training step with each configuration, once they are graphs."""
-        learner = Learner(network, args)
-        for repeat in range(13):
-            if repeat == 3:
-                metrics.cpu()  # waits
-                start = time.perf_counter()
-            for config in configs:
-                metrics = learner.step(pixels, labels, config, 0.0)
-        metrics.cpu()
-        return (time.perf_counter() - start) / 10
-
     try:
         use_kernel("fused")
     except UserError as error:
         print(f"warning: {error}; native ops are used, slower", file=sys.stderr)
         return "native"
     network = make_network(args, images, supernet="split" in args)
-    count = 32 if torch.device(args.device).type == "cuda" else 8  # enough; float64 takes memory
+    by_graphs = torch.device(args.device).type == Graphs.device_type
     index = torch.arange(min(args.batch_size, len(images)), device=images.rows.device)
-    pixels, labels = images.batch(index[:count])
+    pixels, labels = images.batch(index[:32 if by_graphs else 8])  # enough; float64 takes memory
     use_kernel("native")
     exact = step(copy.deepcopy(network).double(), "off")
     seconds = {}
@@ -1066,11 +1054,18 @@ def compare_kernels(args: Namespace, space: Space, images: Images) -> str:
             bound = 0.02 if i < len(configs) else 0.5
             if not (fused - true).norm() <= 4 * (native - true).norm() + bound * true.norm():
                 raise RuntimeError("an output or a gradient is wrong")
-        if Learner(network, args).graphs.enabled:  # time what the run will do
+        if by_graphs:  # the run will replay graphs of whole batches
             pixels, labels = images.batch(index)
+            seconds = dict.fromkeys(seconds, math.inf)
             for kernel in seconds:
                 use_kernel(kernel)
-                seconds[kernel] = time_replays()
+                learner = Learner(network, args)
+                for _ in range(10):
+                    start = time.perf_counter()
+                    for config in configs:
+                        metrics = learner.step(pixels, labels, config, 0.0)
+                    metrics.cpu()  # waits
+                    seconds[kernel] = min(seconds[kernel], time.perf_counter() - start)
     except Exception as error:
         if fused_kernels is None:
             raise
@@ -1418,15 +1413,14 @@ class Graphs:
     the CPU needs longer to start them than the GPU to run them; a graph of them is one call.
 
     A kind of call is a function, a configuration and the shapes of a batch. The first call of a
-    kind runs as it is, in which cuDNN chooses its algorithms. The second is captured, and from then
-    on its graph is replayed. A graph reads and writes the tensors that were there when it was
-    captured, so the batch is copied into inputs that stay, and all that a function reads besides,
-    or changes, must stay, too. The graphs of a process run one after the other, so they share
-    inputs and memory, and a result is copied before the next graph overwrites it. No graph is
-    dropped to make room for another: that would free memory of cuBLAS that the others use.
+    kind runs as it is, and cuDNN chooses its algorithms. The second is captured, and from then on
+    its graph is replayed. A graph uses the tensors that it was captured with: a batch is copied
+    into inputs that stay, and whatever else the function reads or changes must stay, too. Graphs
+    run one after the other, so all share inputs and memory, and results are copied. None is dropped
+    to make room for another: that would free memory of cuBLAS that the others use.
     """
     device_type = "cuda"
-    most = 600  # graphs of a process; a kind of call that comes later runs as it is
+    most = 600  # graphs of a process; kinds that come later run as they are
     usable = True  # until a capture fails
     alive = WeakSet()
     pool = None
@@ -1435,43 +1429,41 @@ class Graphs:
     def __init__(self, device: torch.device):
         self.enabled = device.type == Graphs.device_type
         self.calls = Counter()
-        self.captured = {}  # by kind of call: (graph, result)
+        self.captured = {}  # by kind: graph, inputs, result
 
     def __call__(self, function: Callable, config: Config, *batch: Tensor) -> Tensor:
         """function(*batch, config)"""
-        shapes = tuple(tensor.shape for tensor in batch)
-        kind = (function.__name__, config, shapes)
+        kind = (function.__name__, config, tuple(tensor.shape for tensor in batch))
         self.calls[kind] += 1
-        inputs = Graphs.inputs.get(shapes)
-        if self.enabled and self.calls[kind] == 2 and len(Graphs.alive) < Graphs.most:
-            inputs = Graphs.inputs.setdefault(shapes, [tensor.clone() for tensor in batch])
-            self.capture(kind, function, *inputs, config)
+        if self.enabled and self.calls[kind] == 2:
+            self.capture(kind, function, config, batch)
         if kind not in self.captured:
             return function(*batch, config)
-        for held, tensor in zip(inputs, batch):
-            held.copy_(tensor)
-        graph, result = self.captured[kind]
+        graph, inputs, result = self.captured[kind]
+        for own, given in zip(inputs, batch):
+            own.copy_(given)
         graph.replay()
         return result.clone()
 
-    def capture(self, kind: tuple, function: Callable, *arguments) -> None:
-        """Record what a call would run on the GPU, and run none of it. Not every network of a
-        user's own can be captured; one that fails ends all capturing, with a warning."""
-        if not Graphs.usable:
+    def capture(self, kind: tuple, function: Callable, config: Config, batch: Batch) -> None:
+        """Record what a call runs on the GPU, and run none of it. Where that fails, as it may with
+        a network of the user's own, a warning is printed, and nothing is captured any more."""
+        if not Graphs.usable or len(Graphs.alive) >= Graphs.most:
             return
         if not Graphs.alive:  # torch refuses the pool of graphs that are gone
             Graphs.pool = torch.cuda.graph_pool_handle()
+        inputs = Graphs.inputs.setdefault(kind[2], [tensor.clone() for tensor in batch])
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, Graphs.pool, torch.cuda.current_stream()):
-                result = function(*arguments)
+                result = function(*inputs, config)
         except Exception as error:
             Graphs.usable = False
             reason = str(error).partition("\n")[0]
-            print(f"warning: no CUDA graphs ({reason}); steps take longer", file=sys.stderr)
+            print(f"warning: no CUDA graphs, slower steps: {reason}", file=sys.stderr)
             return
         Graphs.alive.add(graph)
-        self.captured[kind] = graph, result
+        self.captured[kind] = graph, inputs, result
 
 
 class Learner:
@@ -1485,23 +1477,25 @@ class Learner:
         self.begin_graphs()
 
     def begin_graphs(self) -> None:
-        """Without any graph. What graphs will read and change is made, where they are used."""
+        """Forget all graphs. On a GPU, make what they will read and change: the learning rate,
+        which only SGD's fused kernel leaves on the GPU, and momenta of zero, which are as none."""
         device = next(self.network.parameters()).device
         self.graphs = Graphs(device)
         settings = self.optimizer.param_groups[0]
-        settings["fused"] = self.graphs.enabled or None  # only then the GPU reads the rate itself
+        settings["fused"] = self.graphs.enabled or None
         if self.graphs.enabled:
             settings["lr"] = torch.zeros((), device=device)
-            for parameter in self.network.parameters():
-                momentum = torch.zeros_like(parameter)  # as good as none
-                self.optimizer.state[parameter].setdefault("momentum_buffer", momentum)
+            for weight in self.network.parameters():
+                state = self.optimizer.state[weight]
+                state.setdefault("momentum_buffer", torch.zeros_like(weight))
 
     def step(self, images: Tensor, labels: Tensor, config: Config, lr: float) -> Tensor:
         """One SGD step. Loss and accuracy of the batch, float64 (2,), left on the device."""
+        settings = self.optimizer.param_groups[0]
         if self.graphs.enabled:
-            self.optimizer.param_groups[0]["lr"].fill_(lr)
+            settings["lr"].fill_(lr)
         else:
-            self.optimizer.param_groups[0]["lr"] = lr
+            settings["lr"] = lr
         return self.graphs(self.compute_step, config, images, labels)
 
     def compute_step(self, images: Tensor, labels: Tensor, config: Config) -> Tensor:
@@ -1511,7 +1505,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        if self.graphs.enabled:  # a gradient may lie in memory that graphs share
+        if self.graphs.enabled:  # gradients may lie in memory that graphs share
             self.optimizer.zero_grad(set_to_none=True)
         return torch.stack([loss.detach().double(), accuracy(logits, labels)])
 
