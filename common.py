@@ -1964,12 +1964,17 @@ def report_search(folder: Path, result: dict, space: Space,
 def print_ranking(ranking: list[dict], columns: dict[str, str], default: str) -> None:
     """Print the best ten, the default and the worst entries; columns: what of an entry is shown,
     and its format."""
-    print("\nposition  " + "  ".join(columns))
+    rows = [["position", *columns]]
     for position, entry in enumerate(ranking, 1):
-        is_default = entry["config"] == default
-        if position <= 10 or position == len(ranking) or is_default:
-            cells = [f"{entry[name]:{form}}".rjust(len(name)) for name, form in columns.items()]
-            print(f"{position:8}  " + "  ".join(cells) + ("  default" if is_default else ""))
+        if position <= 10 or position == len(ranking) or entry["config"] == default:
+            cells = [format(entry[name], form) if entry.get(name) is not None else ""
+                     for name, form in columns.items()]
+            rows.append([str(position), *cells])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    print()
+    for row in rows:
+        line = "  ".join(cell.rjust(width) for cell, width in zip(row, widths))
+        print(line + ("  default" if row[1] == default else ""))
     print("relative_macs: multiply-adds of the network; the default's are 1")
 
 
