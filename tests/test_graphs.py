@@ -1,5 +1,5 @@
 """Steps as CUDA graphs: GPU=0 python -m pytest tests/test_graphs.py tests them on GPU 0. Without
-GPU a list of operators stands for a graph."""
+a GPU a list of operators stands for a graph."""
 import io
 from functools import partial
 from weakref import WeakSet
@@ -52,7 +52,7 @@ class FakeGraph(TorchDispatchMode):
                     old.copy_(new)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def images(small_images, monkeypatch):
     """Images on a device that has graphs, or seems to, but none yet."""
     for name, value in {"alive": WeakSet(), "inputs": {}, "usable": True}.items():
