@@ -35,6 +35,7 @@ from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean, stdev
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -306,6 +307,8 @@ def prepare_torch(args: Namespace) -> None:
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     args.device = choose_device(args.device)
+    if torch.device(args.device).type == "cuda":  # the stream that torch begins with has no graphs
+        torch.cuda.set_stream(torch.cuda.Stream(args.device))
     keep_freed_memory()
 
 
@@ -965,9 +968,9 @@ def compare_kernels(args: Namespace, space: Space, images: Images) -> str:
         print(f"warning: {error}; native ops are used, slower", file=sys.stderr)
         return "native"
     network = make_network(args, images, supernet="split" in args)
-    count = 32 if torch.device(args.device).type == "cuda" else 8  # enough; float64 takes memory
-    count = min(count, args.batch_size, len(images))
-    pixels, labels = images.batch(torch.arange(count, device=images.rows.device))
+    by_graphs = torch.device(args.device).type == Graphs.device_type
+    index = torch.arange(min(args.batch_size, len(images)), device=images.rows.device)
+    pixels, labels = images.batch(index[:32 if by_graphs else 8])  # enough; float64 takes memory
     use_kernel("native")
     exact = step(copy.deepcopy(network).double(), "off")
     seconds = {}
@@ -985,6 +988,18 @@ def compare_kernels(args: Namespace, space: Space, images: Images) -> str:
             bound = 0.02 if i < len(configs) else 0.5
             if not (fused - true).norm() <= 4 * (native - true).norm() + bound * true.norm():
                 raise RuntimeError("an output or a gradient is wrong")
+        if by_graphs:  # the run will replay graphs of whole batches
+            pixels, labels = images.batch(index)
+            seconds = dict.fromkeys(seconds, math.inf)
+            for kernel in seconds:
+                use_kernel(kernel)
+                learner = Learner(network, args)
+                for _ in range(10):
+                    start = time.perf_counter()
+                    for config in configs:
+                        metrics = learner.step(pixels, labels, config, 0.0)
+                    metrics.cpu()  # waits
+                    seconds[kernel] = min(seconds[kernel], time.perf_counter() - start)
     except Exception as error:
         if fused_kernels is None:
             raise
@@ -992,8 +1007,8 @@ def compare_kernels(args: Namespace, space: Space, images: Images) -> str:
               "report this, with the output of python kernels/benchmark.py", file=sys.stderr)
         return "native"
     faster = min(seconds, key=seconds.get)
-    print(f"{len(labels)} images, a training step: {500 * seconds['fused']:.0f} ms with fused "
-          f"kernels, {500 * seconds['native']:.0f} ms with native ops: {faster}", flush=True)
+    print(f"{len(labels)} images, a training step: {500 * seconds['fused']:.1f} ms with fused "
+          f"kernels, {500 * seconds['native']:.1f} ms with native ops: {faster}", flush=True)
     return faster
 
 
@@ -1327,38 +1342,125 @@ def autocast(device: torch.device | str, amp: str) -> torch.autocast:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp == "bf16")
 
 
+class Graphs:
+    """Calls functions as CUDA graphs. A training step of ResNet-20 starts about 190 kernels, and
+    the CPU needs longer to start them than the GPU to run them; a graph of them is one call.
+
+    A kind of call is a function, a configuration and the shapes of a batch. The first call of a
+    kind runs as it is, and cuDNN chooses its algorithms. The second is captured, and from then on
+    its graph is replayed. A graph uses the tensors that it was captured with: a batch is copied
+    into inputs that stay, and whatever else the function reads or changes must stay, too. Graphs
+    run one after the other, so all share inputs and memory, and results are copied. None is dropped
+    to make room for another: that would free memory of cuBLAS that the others use.
+    """
+    device_type = "cuda"
+    most = 600  # graphs of a process; kinds that come later run as they are
+    usable = True  # until a capture fails
+    alive = WeakSet()
+    pool = None
+    inputs: dict[tuple, list[Tensor]] = {}  # by their shapes
+
+    def __init__(self, device: torch.device):
+        self.enabled = device.type == Graphs.device_type
+        self.calls = Counter()
+        self.captured = {}  # by kind: graph, inputs, result
+
+    def __call__(self, function: Callable, config: Config, *batch: Tensor) -> Tensor:
+        """function(*batch, config)"""
+        kind = (function.__name__, config, tuple(tensor.shape for tensor in batch))
+        self.calls[kind] += 1
+        if self.enabled and self.calls[kind] == 2:
+            self.capture(kind, function, config, batch)
+        if kind not in self.captured:
+            return function(*batch, config)
+        graph, inputs, result = self.captured[kind]
+        for own, given in zip(inputs, batch):
+            own.copy_(given)
+        graph.replay()
+        return result.clone()
+
+    def capture(self, kind: tuple, function: Callable, config: Config, batch: Batch) -> None:
+        """Record what a call runs on the GPU, and run none of it. Where that fails, as it may with
+        a network of the user's own, a warning is printed, and nothing is captured any more."""
+        if not Graphs.usable or len(Graphs.alive) >= Graphs.most:
+            return
+        if not Graphs.alive:  # torch refuses the pool of graphs that are gone
+            Graphs.pool = torch.cuda.graph_pool_handle()
+        inputs = Graphs.inputs.setdefault(kind[2], [tensor.clone() for tensor in batch])
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, Graphs.pool, torch.cuda.current_stream()):
+                result = function(*inputs, config)
+        except Exception as error:
+            Graphs.usable = False
+            reason = str(error).partition("\n")[0]
+            print(f"warning: no CUDA graphs, slower steps: {reason}", file=sys.stderr)
+            return
+        Graphs.alive.add(graph)
+        self.captured[kind] = graph, inputs, result
+
+
 class Learner:
-    """A network that learns, with its SGD."""
+    """A network that learns, with its SGD. On a GPU it calls its steps as graphs."""
 
     def __init__(self, network: nn.Module, args: Namespace):
         self.network = network
         self.amp = args.amp
         self.optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=args.momentum,
                                          weight_decay=args.weight_decay)
+        self.begin_graphs()
+
+    def begin_graphs(self) -> None:
+        """Forget all graphs. On a GPU, make what they will read and change: the learning rate,
+        which only SGD's fused kernel leaves on the GPU, and momenta of zero, which are as none."""
+        device = next(self.network.parameters()).device
+        self.graphs = Graphs(device)
+        settings = self.optimizer.param_groups[0]
+        settings["fused"] = self.graphs.enabled or None
+        if self.graphs.enabled:
+            settings["lr"] = torch.zeros((), device=device)
+            for weight in self.network.parameters():
+                state = self.optimizer.state[weight]
+                state.setdefault("momentum_buffer", torch.zeros_like(weight))
 
     def step(self, images: Tensor, labels: Tensor, config: Config, lr: float) -> Tensor:
         """One SGD step. Loss and accuracy of the batch, float64 (2,), left on the device."""
-        self.optimizer.param_groups[0]["lr"] = lr
+        settings = self.optimizer.param_groups[0]
+        if self.graphs.enabled:
+            settings["lr"].fill_(lr)
+        else:
+            settings["lr"] = lr
+        return self.graphs(self.compute_step, config, images, labels)
+
+    def compute_step(self, images: Tensor, labels: Tensor, config: Config) -> Tensor:
         with autocast(images.device, self.amp):
             logits = self.network(images, config)
             loss = F.cross_entropy(logits, labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+        if self.graphs.enabled:  # gradients may lie in memory that graphs share
+            self.optimizer.zero_grad(set_to_none=True)
         return torch.stack([loss.detach().double(), accuracy(logits, labels)])
 
-    @torch.inference_mode()
     def validate(self, images: Tensor, labels: Tensor, config: Config) -> Tensor:
         """The accuracy of a batch, float64 (), left on the device. Nothing is learned."""
+        return self.graphs(self.compute_accuracy, config, images, labels)
+
+    @torch.inference_mode()
+    def compute_accuracy(self, images: Tensor, labels: Tensor, config: Config) -> Tensor:
         with autocast(images.device, self.amp):
             return accuracy(self.network(images, config), labels)
 
     def state_dict(self) -> dict:
-        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        optimizer = self.optimizer.state_dict()
+        optimizer["param_groups"][0]["lr"] = float(optimizer["param_groups"][0]["lr"])
+        return {"network": self.network.state_dict(), "optimizer": optimizer}
 
     def load_state_dict(self, state: dict) -> None:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.begin_graphs()  # these momenta are others than before
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
