@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -177,12 +178,24 @@ def _build(folder: Path, name: str, sources: list[Path], cuda: bool) -> None:
     with (tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch,
           mock.patch.dict(os.environ, _environment(scratch)),
           # torch's lock: this folder is ours, and a network's file system may have none
-          mock.patch.object(cpp_extension, "FileLock", contextlib.nullcontext, create=True)):
+          mock.patch.object(cpp_extension, "FileLock", contextlib.nullcontext, create=True),
+          mock.patch.object(cpp_extension, "_write_ninja_file",
+                            _for_any_path(cpp_extension._write_ninja_file))):
         cpp_extension.load("pool_conv", [str(file) for file in sources], build_directory=scratch,
                            extra_cflags=flags, extra_cuda_cflags=["-O3"],
                            extra_ldflags=link_flags, with_cuda=cuda, is_python_module=False)
         built, = Path(scratch).glob(f"pool_conv*{cpp_extension.LIB_EXT}")
         os.replace(built, folder / f"{name}-{built.stat().st_size}.so")
+
+
+def _for_any_path(write_ninja_file: Callable) -> Callable:
+    """torch's function, which escapes only the spaces in the paths of sources for ninja."""
+    special = "[$]" if os.name == "nt" else "[$:]"  # torch escapes the colon of C:, too
+
+    def write(*, sources, **others):
+        sources = [re.sub(special, r"$\g<0>", source) for source in sources]
+        write_ninja_file(sources=sources, **others)
+    return write
 
 
 def _environment(scratch: str) -> dict[str, str]:
@@ -259,6 +272,16 @@ def _locked(path: Path):
 
 # ------------------------------------------------------------------------ the operators' rules
 
+def _check_fake(mode: int, x: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """ValueError for what the operators refuse and what a result's shape does not tell: torch takes
+    the fake kernel when one of several tensors is on "meta"."""
+    if mode not in MODES.values():
+        raise ValueError(f"no mode {mode}")
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(f"a tensor is on {other.device}, not on {x.device}")
+
+
 def _register() -> None:
     """Fake kernels, autograd and vmap of the operators."""
     forward = torch.ops.pool_conv.forward
@@ -266,6 +289,8 @@ def _register() -> None:
 
     @torch.library.register_fake("pool_conv::forward")
     def _(x, weight, mode):
+        _check_fake(mode, x, weight)
+
         def empty(channels, dtype=None):
             out = x.new_empty((x.shape[0], channels, height, width), dtype=dtype)
             return out.to(memory_format=torch.channels_last)
@@ -285,6 +310,7 @@ def _register() -> None:
 
     @torch.library.register_fake("pool_conv::backward")
     def _(grad_y, grad_pooled, x, weight, argmax, mode, height, width, want_x, want_weight):
+        _check_fake(mode, x, weight, grad_y, grad_pooled, argmax)
         grad_x = x.new_empty(0)
         if want_x:
             grad_x = x.new_empty((*x.shape[:2], height, width))

@@ -5,6 +5,8 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "pool_conv.h"
 
 #ifdef WITH_CUDA
@@ -65,23 +67,34 @@ const T* data(const MaybeTensor& x) { return x ? x->const_data_ptr<T>() : nullpt
 constexpr auto NHWC = at::MemoryFormat::ChannelsLast, OIHW = at::MemoryFormat::Contiguous;
 struct Arguments {
   const Tensor& x;
-  at::MemoryFormat of_weight = OIHW;
-  c10::DeviceGuard guard{x.device()};  // what is allocated and launched is on it
+  const at::MemoryFormat of_weight;
+  const c10::DeviceGuard guard;  // what is allocated and launched is on x's device
 
+  // least: the smallest height and width of x
+  explicit Arguments(const Tensor& x, int64_t mode = NONE, at::MemoryFormat of_weight = OIHW,
+                     int64_t least = 1)
+      : x(x), of_weight(of_weight), guard(x.device()) {
+    TORCH_CHECK_VALUE(mode == NONE || mode == MAXPOOL || mode == STRIDE, "no mode ", mode);
+    TORCH_CHECK_VALUE(x.dim() == 4 && x.size(1) && x.size(2) >= least && x.size(3) >= least,
+                      "an image of shape ", x.sizes(), " is empty, or too small for mode ", mode);
+  }
   MaybeTensor image(const char* name, const MaybeTensor& t, at::IntArrayRef sizes) const {
     return take(name, t, sizes, x.scalar_type(), at::MemoryFormat::ChannelsLast);
   }
   MaybeTensor weight(const Tensor& t) const {
+    TORCH_CHECK_VALUE(t.dim() == 4 && t.size(0), "weight has shape ", t.sizes());
     return take("weight", t, {t.size(0), x.size(1), 3, 3}, x.scalar_type(), of_weight);
   }
   MaybeTensor floats(const char* name, const MaybeTensor& t, at::IntArrayRef sizes) const {
     return take(name, t, sizes, at::kFloat);
   }
-  // argmax, where x is the max-pool of an image of height x width
+  // argmax, where x is the max-pool of an image of height x width; null where it is that image
   MaybeTensor index(const MaybeTensor& t, int64_t mode, int64_t height, int64_t width) const {
+    const int64_t by = mode == MAXPOOL ? 2 : 1;
+    TORCH_CHECK_VALUE(x.size(2) == height / by && x.size(3) == width / by, "x of shape ",
+                      x.sizes(), " does not come from ", height, "x", width, " by mode ", mode);
     if (mode != MAXPOOL) return {};
-    TORCH_CHECK_VALUE(t && x.size(2) == height / 2 && x.size(3) == width / 2,
-                      "x is not the max-pool of ", height, "x", width, " that has an argmax");
+    TORCH_CHECK_VALUE(t, "a max-pool needs its argmax");
     return take("argmax", t, x.sizes(), t->scalar_type(), at::MemoryFormat::ChannelsLast);
   }
 
@@ -135,7 +148,7 @@ Outputs norm_conv_backward_cpu(const Tensor& grad, const MaybeTensor& out, const
   const bool pool = mode == MAXPOOL;
   const Shape s = shape(x, weight);
   Tensor grad_x = at::empty({0}, x.options()), grad_weight = grad_x;
-  Tensor back_x = rows(norm ? BACK_ROWS : 0, s.c_in, x);
+  Tensor back_x = rows(norm && want_x ? BACK_ROWS : 0, s.c_in, x);
   if (want_x)
     grad_x = empty_nhwc({s.batch, s.c_in, pool ? height : s.height, pool ? width : s.width}, x);
   if (want_weight) grad_weight = at::empty(weight.sizes(), weight.options());
@@ -145,7 +158,7 @@ Outputs norm_conv_backward_cpu(const Tensor& grad, const MaybeTensor& out, const
            weight.const_data_ptr<float>(), data(extra), data(extra_out),
            want_x ? grad_x.mutable_data_ptr<float>() : nullptr,
            want_weight ? grad_weight.mutable_data_ptr<float>() : nullptr, data(gamma),
-           norm ? back_x.mutable_data_ptr<float>() : nullptr);
+           norm && want_x ? back_x.mutable_data_ptr<float>() : nullptr);
   return {grad_x, grad_weight, back_x};
 }
 
@@ -169,7 +182,8 @@ Tensor finish_cpu(const Tensor& y, const Tensor& norm, const MaybeTensor& r,
 Gradients finish_backward_cpu(const Tensor& grad, const Tensor& out, const Tensor& y,
                               const Tensor& norm, const MaybeTensor& gamma, const MaybeTensor& r,
                               const MaybeTensor& norm_r, const MaybeTensor& gamma_r) {
-  Tensor back = rows(BACK_ROWS, y.size(1), y), back_r = at::empty_like(back);
+  Tensor back = rows(BACK_ROWS, y.size(1), y);
+  Tensor back_r = rows(norm_r ? BACK_ROWS : 0, y.size(1), y);
   const Normed of_r{data(r), data(norm_r), data(gamma_r), back_r.mutable_data_ptr<float>()};
   finish_backward(pixels(y), y.size(1), grad.const_data_ptr<float>(), out.const_data_ptr<float>(),
                   {y.const_data_ptr<float>(), norm.const_data_ptr<float>(), data(gamma),
@@ -213,6 +227,11 @@ Gradients backward_cpu(const Tensor& grad_y, const MaybeTensor& grad_pooled, con
         grad_y, x, weight, at::OptionalIntArrayRef(), {stride, stride}, {1, 1}, {1, 1}, false,
         {0, 0}, 1, {want_x, want_weight, false});
     if (want_x && mode == MAXPOOL) {
+      // ATen writes wherever an index says
+      const int64_t *index = data<int64_t>(argmax), places = height * width;
+      TORCH_CHECK_VALUE(std::all_of(index, index + argmax->numel(),
+                                    [&](int64_t i) { return i >= 0 && i < places; }),
+                        "argmax has an index outside of ", height, "x", width);
       if (grad_pooled) grad_in = grad_in + *grad_pooled;
       Tensor sizes = empty_nhwc({x.size(0), x.size(1), height, width}, x);
       grad_x = nhwc(at::max_pool2d_with_indices_backward(nhwc(grad_in), sizes, {2, 2}, {2, 2},
@@ -279,7 +298,7 @@ Outputs norm_conv_backward_cuda(const Tensor& grad, const MaybeTensor& out, cons
   const bool pool = mode == MAXPOOL;
   const Layer g = layer(x, weight, mode, pool ? height : x.size(2), pool ? width : x.size(3));
   Tensor grad_x = at::empty({0}, x.options()), grad_weight = grad_x;
-  Tensor back_x = rows(norm ? BACK_ROWS : 0, g.c_in, x);
+  Tensor back_x = rows(norm && want_x ? BACK_ROWS : 0, g.c_in, x);
   const Source of_x{x.const_data_ptr(), data(norm)};
   const Source of_grad{grad.const_data_ptr(), nullptr, data_of(out), data_of(y), data(back)};
   void* stream = c10::cuda::getCurrentCUDAStream();
@@ -365,11 +384,6 @@ Tensor apply_backward_cuda(const Tensor& grad, const MaybeTensor& out, const Ten
 
 // The operators: their arguments, checked and laid out, go to `run`, the device's function above.
 
-void check_mode(const Tensor& in, int64_t mode) {
-  const int64_t least = mode == MAXPOOL ? 2 : 1;
-  TORCH_CHECK_VALUE(mode == NONE || mode == MAXPOOL || mode == STRIDE, "no mode ", mode);
-  TORCH_CHECK_VALUE(in.size(2) >= least && in.size(3) >= least, "x is too small");
-}
 at::DimVector output_sizes(const Tensor& x, const Tensor& weight, int64_t mode) {
   const int64_t stride = mode == STRIDE ? 2 : 1;
   return {x.size(0), weight.size(0), (x.size(2) - 1) / stride + 1, (x.size(3) - 1) / stride + 1};
@@ -377,8 +391,7 @@ at::DimVector output_sizes(const Tensor& x, const Tensor& weight, int64_t mode) 
 
 template <auto run, at::MemoryFormat of_weight>
 Outputs forward(const Tensor& x, const Tensor& weight, int64_t mode) {
-  check_mode(x, mode);
-  const Arguments given{x, of_weight};
+  const Arguments given{x, mode, of_weight, mode == MAXPOOL ? 2 : 1};
   return run(*given.image("x", x, x.sizes()), *given.weight(weight), mode);
 }
 
@@ -387,7 +400,7 @@ Gradients backward(const Tensor& grad_y, const MaybeTensor& grad_pooled, const T
                    const Tensor& weight, const Tensor& argmax, int64_t mode, int64_t height,
                    int64_t width, bool want_x, bool want_weight) {
   TORCH_CHECK_VALUE(mode == MAXPOOL || !grad_pooled, "backward: grad_pooled without a max-pool");
-  const Arguments given{x, of_weight};
+  const Arguments given{x, mode, of_weight};
   return run(*given.image("grad_y", grad_y, output_sizes(x, weight, mode)),
              given.image("grad_pooled", grad_pooled, x.sizes()), *given.image("x", x, x.sizes()),
              *given.weight(weight), given.index(argmax, mode, height, width), mode, height, width,
@@ -398,9 +411,8 @@ template <auto run, at::MemoryFormat of_weight>
 Normalised norm_conv(const Tensor& x, const MaybeTensor& norm, const Tensor& weight,
                      const MaybeTensor& gamma, const MaybeTensor& beta, double eps, int64_t mode,
                      bool normalise) {
-  check_mode(x, mode);
   TORCH_CHECK_VALUE(mode != MAXPOOL || !norm, "norm_conv: a max-pool or a norm, not both");
-  const Arguments given{x, of_weight};
+  const Arguments given{x, mode, of_weight, mode == MAXPOOL ? 2 : 1};
   const int64_t c_in = x.size(1), c_out = weight.size(0);
   return run(*given.image("x", x, x.sizes()), given.floats("norm", norm, {NORM_ROWS, c_in}),
              *given.weight(weight), given.floats("gamma", gamma, {c_out}),
@@ -418,7 +430,7 @@ Outputs norm_conv_backward(const Tensor& grad, const MaybeTensor& out, const May
                     "norm_conv_backward: a max-pool or a norm, not both, and no stride");
   TORCH_CHECK_VALUE(y.has_value() == back.has_value() && (extra || !extra_out),
                     "norm_conv_backward: y and back go together, extra_out needs extra");
-  const Arguments given{x, of_weight};
+  const Arguments given{x, mode, of_weight};
   const int64_t c_in = x.size(1), c_out = weight.size(0);
   const at::DimVector y_sizes = output_sizes(x, weight, mode);
   return run(*given.image("grad", grad, y_sizes), given.image("out", out, y_sizes),
@@ -468,6 +480,15 @@ Tensor apply_backward(const Tensor& grad, const MaybeTensor& out, const Tensor& 
              *given.image("y", y, y.sizes()), *given.floats("back", back, {BACK_ROWS, y.size(1)}));
 }
 
+// No operator has a derivative in forward mode: without this, torch would take it for zero
+void refuse_tangents(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+                     torch::jit::Stack* stack) {
+  for (const c10::IValue& value : torch::jit::last(*stack, op.schema().arguments().size()))
+    TORCH_CHECK_NOT_IMPLEMENTED(!value.isTensor() || !value.toTensor()._fw_grad(0).defined(),
+                                op.schema().name(), " has no derivative in forward mode");
+  op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+}
+
 }  // namespace
 
 TORCH_LIBRARY(pool_conv, m) {
@@ -486,6 +507,10 @@ TORCH_LIBRARY(pool_conv, m) {
   m.def("finish_backward(Tensor grad, Tensor out, Tensor y, Tensor norm, Tensor? gamma, Tensor? r, "
         "Tensor? norm_r, Tensor? gamma_r) -> (Tensor back, Tensor back_r)");
   m.def("apply_backward(Tensor grad, Tensor? out, Tensor y, Tensor back) -> Tensor grad_y");
+  for (const char* name : {"forward", "backward", "norm_conv", "norm_conv_backward", "moments",
+                           "finish", "finish_backward", "apply_backward"})
+    m.impl(name, torch::dispatch(c10::DispatchKey::ADInplaceOrView,
+                                 torch::CppFunction::makeFromBoxedFunction<&refuse_tangents>()));
 }
 TORCH_LIBRARY_IMPL(pool_conv, CPU, m) {
   m.impl("forward", forward<forward_cpu, OIHW>);

@@ -234,7 +234,7 @@ class _BasicBlock(torch.autograd.Function):
         back2, back_s = ops.finish_backward(grad, out, y2, rows2, gamma2, r, rows_s, gamma_s)
         grad1, grad_weight2, back1 = ops.norm_conv_backward(
             grad, out, y2, back2, y1, rows1, gamma1, weight2, None, None, None, MODES["none"],
-            *ctx.size, True, True)
+            *y1.shape[2:], True, True)
 
         # by the shortcut: what of grad passed the last ReLU, or that back through a convolution
         extra = grad
