@@ -5,27 +5,27 @@
     python retrain.py --config 5,3,2 --dataset cifar10 --seeds 5
     torchrun --nproc-per-node=6 retrain.py --from runs/mixture-cifar10
 
---from takes the settings of the data and the network over from the search, unless given here; the
-ranks of several searches are averaged. Each configuration is compared with the default seed by
-seed: the same seed means the same order of images and the same crops.
+--from takes over the search's settings of the data and the network, unless they are given here, and
+averages the ranks of several searches. Beside the default it also trains the rule's network: the
+one that needs no search, with the most layers at full resolution among those of no more
+multiply-adds than the pick. Each configuration is compared with the default seed by seed: the same
+seed means the same order of images and the same crops.
 Writes runs/retrain-<dataset>/: config.json, networks/<config>-<seed>.pt (checkpoint, then the
 trained network) and .json (accuracy, history of its epochs), results.csv (a row a finished
-network), result.json (accuracies, costs, differences to the default with intervals and p),
+network), result.json (accuracies, multiply-adds, differences to the default with intervals and p),
 comparison.png. The same command, also with a larger --top or more --seeds, goes on.
 Source: arXiv:2306.11982, section 4 (retraining).
 """
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from statistics import mean
 
 import common
-from common import Config, Run, Space, UserError, config_name, number, rank, spread, world
-
-# what --from takes over from the search
-TAKEN_OVER = {"dataset", "data_dir", "cache_dir", "test_fraction", "image_size", "num_train",
-              "arch", "num_resolutions", "downsample", "width", "metric"}
+from common import (Config, Space, TrainingError, UserError, config_name, in_range, rank,
+                    standard_deviation, world)
 
 
 def read_searches(folders: list[str]) -> tuple[dict, list[dict[str, float]]]:
@@ -45,7 +45,7 @@ def read_searches(folders: list[str]) -> tuple[dict, list[dict[str, float]]]:
     rankings = [{entry["config"]: entry["accuracy"] for entry in result["ranking"]}
                 for result in results]
     for folder, result, ranking in zip(folders, results, rankings):
-        for name in ("data", "metric", "arch", "num_resolutions", "downsample", "width"):
+        for name in sorted(common.ROLES["one in all searches"]):
             if result["settings"].get(name) != settings.get(name):
                 raise UserError(f"{folder} is a search of another {name} than {folders[0]}")
         if ranking.keys() != rankings[0].keys():
@@ -67,23 +67,32 @@ def average_ranks(rankings: list[dict[str, float]]) -> dict[str, float]:
 
 def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[dict[str, float]]]:
     """The arguments; the settings of the searches of --from, and their rankings."""
-    parser = common.make_parser(__doc__, search=False)
-    choice = parser.add_mutually_exclusive_group(required=True)
-    choice.add_argument("--from", dest="source", nargs="+", metavar="RUN",
-                        help="run folders of searches that differ in nothing but, say, their seed")
-    choice.add_argument("--config", metavar="N,N,N", help="the configuration, e.g. 5,3,2")
-    parser.add_argument("--top", type=number(int, 1), default=1, metavar="K",
-                        help="train the first K of the ranking of --from")
-    parser.set_defaults(seeds=3)
-    source = parser.parse_args(argv).source
+    parser = common.make_parser(__doc__)
+    common.add_training_flags(parser, seeds=3)
+    add = parser.add_argument_group("what to train: one of the first two").add_argument
+    add("--from", dest="source", nargs="+", metavar="RUN",
+        help="run folders of searches that differ in nothing but, say, their seed")
+    add("--config", metavar="N,N,N", help="the configuration, e.g. 5,3,2")
+    add("--top", type=in_range(int, 1), default=1, metavar="K",
+        help="train the first K of the ranking of --from")
+    source = parser.parse_known_args(argv)[0].source
     settings, rankings = read_searches(source) if source else ({}, [])
-    # the search's settings become the defaults of a second reading
-    parser.set_defaults(**{name: settings[name] for name in TAKEN_OVER & settings.keys()})
-    args = common.fill_defaults(parser.parse_args(argv), search=False)
-    if source and not (args.dataset in common.DATASET_PROTOCOLS or Path(args.dataset).exists()):
+    taken_over = {name: settings[name] for name in common.ROLES["taken over by stage 3"]
+                  if name in settings}
+    args = common.parse_arguments(parser, argv, search=False, taken_over=taken_over)
+    if (args.source is None) == (args.config is None):
+        parser.error("give either --from RUN, a search's folder, or --config, as in 5,3,2")
+    if source and os.path.isabs(args.dataset) and not os.path.exists(args.dataset):
         raise UserError(f"the data set of {source[0]} is not at {args.dataset} any more: say "
                         "where it is with --dataset")
     return args, settings, rankings
+
+
+def rule_network(pick: Config, space: Space) -> Config:
+    """What needs no search: of the configurations of no more multiply-adds than the pick those with
+    the most layers at full resolution, of these the one of the most multiply-adds."""
+    affordable = [config for config in space.macs if space.macs[config] <= space.macs[pick]]
+    return max(affordable, key=lambda config: (config[0], space.macs[config]))
 
 
 def paired_comparison(accuracies: list[float],
@@ -92,7 +101,7 @@ def paired_comparison(accuracies: list[float],
     t-test, None where the differences have no spread."""
     from scipy.stats import ttest_rel
     differences = [a - b for a, b in zip(accuracies, default)]
-    if spread(differences) < 1e-12:
+    if standard_deviation(differences) < 1e-12:
         return mean(differences), None, None
     test = ttest_rel(accuracies, default)
     return mean(differences), list(test.confidence_interval()), float(test.pvalue)
@@ -114,9 +123,9 @@ def compare(accuracies: dict[Config, list[float]], space: Space) -> dict[str, di
     for config in sorted(accuracies, key=lambda config: -mean(accuracies[config])):
         values = accuracies[config]
         name = config_name(config)
-        entries[name] = {"test_accuracy": mean(values), "std": spread(values),
+        entries[name] = {"test_accuracy": mean(values), "std": standard_deviation(values),
                          "seeds": len(values), "macs": space.macs[config],
-                         "cost": space.cost(config)}
+                         "relative_macs": space.relative_macs(config)}
         if config != space.default:
             difference, interval, p = paired_comparison(values, accuracies[space.default])
             entries[name] |= {"difference": difference, "interval": interval, "p_value": p}
@@ -127,28 +136,39 @@ def compare(accuracies: dict[Config, list[float]], space: Space) -> dict[str, di
     return entries
 
 
-def shown(entries: dict[str, dict], sign: int) -> list[str]:
-    """The configurations shown to be better (sign 1) or worse (-1) than the default: 5 % level, by
-    Holm's p."""
+def significant(entries: dict[str, dict], sign: int) -> list[str]:
+    """The configurations shown to be better (sign 1) or worse (-1) than the default: at the 5 %
+    level, by Holm's p."""
     return [name for name, entry in entries.items()
             if entry.get("p_holm", 1) < 0.05 and sign * entry["difference"] > 0]
 
 
+def describe_entries(names: list[str], entries: dict[str, dict]) -> str:
+    """Each configuration with its difference to the default and its multiply-adds; or "none"."""
+    return ", ".join(f"{name} ({entries[name]['difference']:+.4f} at "
+                     f"{entries[name]['relative_macs']:.2f} times the multiply-adds)"
+                     for name in names) or "none"
+
+
 def conclusion(entries: dict[str, dict]) -> str:
-    """One sentence: what the comparison shows, and what it cannot."""
+    """What the comparison shows, and what it cannot."""
     if len(entries) == 1:
         return "The default itself was chosen: there is nothing to compare."
     tested = {name: entry for name, entry in entries.items() if "p_holm" in entry}
     if not tested:
         return "Nothing can be concluded from a difference without spread: give more --seeds."
-    better = [f"{name} ({entries[name]['difference']:+.4f} at {entries[name]['cost']:.2f} times "
-              "the cost)" for name in shown(entries, 1)]
+    worse = significant(entries, -1)
+    cheaper = [name for name, entry in tested.items()
+               if entry["relative_macs"] < 1 and name not in worse]
     half = mean((entry["interval"][1] - entry["interval"][0]) / 2 for entry in tested.values())
     seeds = next(iter(tested.values()))["seeds"]
     return (f"Shown to beat the default (5 % level, Holm over {len(tested)}): "
-            f"{', '.join(better) or 'none'}; to be worse: "
-            f"{', '.join(shown(entries, -1)) or 'none'}; with {seeds} seeds a difference below "
-            f"about {half:.4f} goes unseen, and all this is for these epochs and this data.")
+            f"{describe_entries(significant(entries, 1), entries)}; to be worse: "
+            f"{', '.join(worse) or 'none'}.\n"
+            f"Of fewer multiply-adds and not shown to be worse: "
+            f"{describe_entries(cheaper, entries)}.\n"
+            f"With {seeds} seeds a difference below about {half:.4f} goes unseen, and all this is "
+            "for these epochs and this data.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -158,11 +178,16 @@ def main(argv: list[str] | None = None) -> None:
     train, test = data = common.load_dataset(args)
     space = common.search_space(args, train)
     mean_ranks = average_ranks(rankings) if rankings else {args.config: 1.0}
-    chosen = [common.parse_config(name, space.default) for name in [*mean_ranks][:args.top]]
-    configs = list(dict.fromkeys([*chosen, space.default]))
+    ranking = [common.parse_config(name, space.default) for name in mean_ranks]
+    chosen = [config for config in ranking if config in space.configs][:args.top]
+    if not chosen:
+        raise UserError(f"--max-macs {args.max_macs} allows no configuration of the ranking")
+    rule = rule_network(chosen[0], space) if rankings else None
+    configs = [config for config in dict.fromkeys([*chosen, space.default, rule]) if config]
     seeds = range(args.seed, args.seed + args.seeds)
-    run = Run("retrain", args, data, space)
-    if searched and searched["data"] != run.record["settings"]["data"]:
+    folder, record = common.open_run("retrain", args, data)
+    common.choose_kernel(args, folder, record, space, train)
+    if searched and searched["data"] != record["settings"]["data"]:
         print("note: these are other images than the search's")
     agreement = common.mean_tau(rankings)
     if agreement is not None:
@@ -170,38 +195,56 @@ def main(argv: list[str] | None = None) -> None:
               "by mean rank: " + ", ".join(f"{name} ({mean_ranks[name]:.1f})"
                                            for name in [*mean_ranks][:max(5, args.top)]))
     print(f"{len(configs)} configurations x {args.seeds} seeds x {args.epochs} epochs:",
-          common.describe(args, train, test, run.folder), flush=True)
+          common.describe(args, train, test, folder), flush=True)
     pairs = [(config, seed) for seed in seeds for config in configs]
-    common.train_pairs(run.folder, args, train, test, pairs[rank::world])
+    common.train_networks(folder, args, train, test, pairs[rank::world])
     if rank > 0:
         return
 
-    rows = [row for row in common.collect_results(run.folder) if row["seed"] in seeds]
+    rows, diverged = common.collect_results(folder)
+    failure = TrainingError(f"{len(diverged)} networks diverged: {', '.join(diverged)}")
+    rows = [row for row in rows if row["seed"] in seeds]
     accuracies = {config: values for config, values in common.by_config(rows).items()
                   if len(values) == args.seeds}  # also those of a larger --top or a --config
+    if space.default not in accuracies:  # there is nothing to compare with
+        raise failure
     default = config_name(space.default)
     entries = compare(accuracies, space)
-    common.save(run.folder / "result.json", run.record | {
+    common.save(folder / "result.json", record | {
         "chosen": [config_name(config) for config in chosen], "default": default,
-        "mean_ranks": mean_ranks, "kendall_tau_between_searches": agreement, "configs": entries})
-    common.plot_results(run.folder / "comparison.png", accuracies, "test accuracy", space)
-
-    print("\nconfiguration      test accuracy  cost  against the default, 95 %       p (Holm)")
+        "rule": config_name(rule) if rule else None, "mean_ranks": mean_ranks,
+        "kendall_tau_between_searches": agreement, "configs": entries})
+    common.plot_results(folder / "comparison.png", accuracies, "test accuracy", space,
+                        f"{Path(args.dataset).name}, {args.arch}, trained alone")
+    print("\nconfiguration      test accuracy  multiply-adds  "
+          "against the default, 95 %       p (Holm)")
     for name, entry in entries.items():
         line = (f"{name:13}  {entry['test_accuracy']:.4f} +- {entry['std']:.4f}  "
-                f"{entry['cost']:4.2f}")
+                f"{entry['relative_macs']:13.2f}")
         if "difference" in entry:
             line += f"  {entry['difference']:+.4f}"
         if "p_holm" in entry:
             low, high = entry["interval"]
             line += f" ({low:+.4f} to {high:+.4f})  {entry['p_holm']:.3f}"
-        print(line + "  default" * (name == default))
+        if name == default:
+            line += "  default"
+        if rule and name == config_name(rule):
+            line += "  the rule's network"
+        print(line)
     print(conclusion(entries))
-    better = shown(entries, 1)
-    take = min(better, key=lambda name: entries[name]["cost"], default=default)
-    why = "the cheapest that is" if better else "the default: none is"
+    if rule == chosen[0]:
+        print("The rule, which needs no search, names the pick, too.")
+    elif rule in accuracies and chosen[0] in accuracies:
+        difference, interval, p = paired_comparison(accuracies[chosen[0]], accuracies[rule])
+        print(f"The pick against the rule's network: {difference:+.4f}"
+              + (f" ({interval[0]:+.4f} to {interval[1]:+.4f}, p = {p:.3f})" if interval else ""))
+    better = significant(entries, 1)
+    take = min(better, key=lambda name: entries[name]["relative_macs"], default=default)
+    why = "of the fewest multiply-adds that is" if better else "the default: none is"
     print(f"take {take}, {why} shown to be better; "
-          f"for common.load_network: {run.folder}/networks/{take}-{args.seed}.pt")
+          f"for common.load_network: {folder}/networks/{take}-{args.seed}.pt")
+    if diverged:
+        raise failure
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Stage 2b, the main job: rank every pooling configuration with a balanced mixture of SuperNets.
 
-    python search_mixture.py                                       # embedded digits, minutes
-    python search_mixture.py --dataset cifar10 --num-supernets 4   # --draw uniform: as the paper
+    python search_mixture.py                                       # embedded digits, a minute
+    python search_mixture.py --dataset cifar10 --num-supernets 4   # the paper's protocol
     torchrun --nproc-per-node=4 search_mixture.py --dataset cifar10 --num-supernets 4
 
 M supernets train side by side. An assignment P(m|c), learned from validation accuracies and kept
@@ -20,13 +20,14 @@ import argparse
 import io
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import common
-from common import (Config, Images, Learner, Run, UserError, config_name, number, rank,
+from common import (Batch, Config, Images, Learner, UserError, config_name, in_range, rank,
                     world)
 
 # Rounds between two exchanges of scores. The draws of an interval use the scores that were known
@@ -36,20 +37,19 @@ INTERVAL = 8
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = common.make_parser(__doc__, search=True)
+    parser = common.make_parser(__doc__)
+    common.add_search_flags(parser, draw="uniform")
     add = parser.add_argument_group("mixture").add_argument
-    add("--num-supernets", type=number(int, 1), default=4, metavar="M",
+    add("--num-supernets", type=in_range(int, 1), default=4, metavar="M",
         help="supernets in the mixture")
-    add("--temperature", type=number(float, 0, 1e6), nargs=2, metavar=("FIRST", "LAST"),
-        help="of the assignment, linear over the epochs; None: by network, 1 100, resnet18 1 150, "
-        "resnet50 1 300")
-    add("--decay", type=number(float, 0, 1), help="d of the moving average of accuracies; None: "
-        "0.9, food101 0.95")
-    add("--tolerance", type=number(float, 0), default=1e-4,
+    add("--temperature", type=in_range(float, 0, 1e6), nargs=2, metavar=("FIRST", "LAST"),
+        help="of the assignment, linear over the epochs")
+    add("--decay", type=in_range(float, 0, 1), help="d of the moving average of accuracies")
+    add("--tolerance", type=in_range(float, 0), default=1e-4,
         help="balance until KL(P(m) || uniform) is at most this")
     add("--balance", action=argparse.BooleanOptionalAction, default=True,
         help="without it, as an ablation, the plain softmax, drawn in the paper's order")
-    return common.fill_defaults(parser.parse_args(argv), search=True)
+    return common.parse_arguments(parser, argv, search=True)
 
 
 def balance(scores: torch.Tensor, temperature: float, tolerance: float, draw: torch.Tensor,
@@ -57,10 +57,11 @@ def balance(scores: torch.Tensor, temperature: float, tolerance: float, draw: to
     """P(m|c), float64 (C,M): softmax_m(T W) with the marginal P(m) = sum_c pi(c) P(m|c) made
     uniform. scores: W, float64 (C,M); draw: pi, float64 (C,).
 
-    Iterative proportional fitting: divide every column by P(m), renormalise every row, until
-    KL(P(m) || uniform) <= tolerance. In logarithms, so that e^-300 stays a number. Where two
-    supernets are nearly tied for all configurations it is slow; the cap then ends it, rows still
-    sum to 1, and the draws, which normalise by column, still give every supernet its step.
+    Iterative proportional fitting (paper, section 3): divide every column by P(m), renormalise
+    every row, until KL(P(m) || uniform) <= tolerance. The products are sums of logarithms, so that
+    e^-300 stays a number. Fitting is slow where two supernets are nearly tied for all
+    configurations. The cap then ends it: rows still sum to 1, and the draws, which normalise by
+    column, still give every supernet its step.
     """
     supernets = scores.shape[1]
     draw = draw / draw.max()  # uniform: exactly 1
@@ -77,22 +78,23 @@ def balance(scores: torch.Tensor, temperature: float, tolerance: float, draw: to
 
 
 def draw_rounds(assignment: torch.Tensor, draw: torch.Tensor, rounds: int, balanced: bool,
-                rngs: list[torch.Generator]) -> list[tuple[int, int]]:
-    """M draws (c, m) a round from pi(c) P(m|c); draw: pi, float64 (C,); rngs: a stream a supernet.
+                generators: list[torch.Generator]) -> list[tuple[int, int]]:
+    """M draws (c, m) a round from pi(c) P(m|c). draw: pi, float64 (C,); generators: one a supernet.
 
-    Balanced: every supernet m once a round, on c ~ P(c|m), proportional to pi(c) P(m|c). Since P(m)
-    is uniform this is the paper's joint distribution, stratified over m. Otherwise the paper's
-    order: c ~ pi, then m ~ P(m|c).
+    Balanced: every supernet m is drawn once a round, with c ~ P(c|m), proportional to pi(c) P(m|c).
+    Since P(m) is uniform, this is the paper's joint distribution, stratified over m. A supernet
+    that a loose tolerance leaves without any P(m|c) draws all configurations alike. Not balanced:
+    the paper's order, c ~ pi, then m ~ P(m|c).
     """
     supernets = assignment.shape[1]
     if balanced:
-        joint = assignment * (draw / draw.max())[:, None]
-        drawn = [torch.multinomial(column, rounds, replacement=True, generator=rng)
-                 for column, rng in zip(joint.T, rngs)]
+        joint = (assignment * (draw / draw.max())[:, None]).clamp(min=1e-300)
+        drawn = [torch.multinomial(column, rounds, replacement=True, generator=generator)
+                 for column, generator in zip(joint.T, generators)]
         configs = torch.stack(drawn, 1).flatten().tolist()  # round after round
         return [(c, i % supernets) for i, c in enumerate(configs)]
-    drawn = torch.multinomial(draw, rounds * supernets, replacement=True, generator=rngs[0])
-    owners = torch.multinomial(assignment[drawn], 1, generator=rngs[0]).flatten()
+    drawn = torch.multinomial(draw, rounds * supernets, replacement=True, generator=generators[0])
+    owners = torch.multinomial(assignment[drawn], 1, generator=generators[0]).flatten()
     return list(zip(drawn.tolist(), owners.tolist()))
 
 
@@ -101,18 +103,19 @@ def update_score(scores: torch.Tensor, c: int, m: int, value: torch.Tensor, deca
     scores[c, m] = decay * scores[c, m] + (1 - decay) * value
 
 
-def search_step(learner: Learner, training, checking, config: Config, lr: float) -> torch.Tensor:
+def search_step(learner: Learner, training: Iterator[Batch], validation: Iterator[Batch],
+                config: Config, lr: float) -> torch.Tensor:
     """A training step and the accuracy a on a validation batch (paper, section 3): float64 (3,),
     loss, training accuracy, a. Nothing in it waits for the device."""
-    trained = learner.step(*next(training), config, lr)
-    return torch.cat([trained, learner.check(*next(checking), config)[None]])
+    metrics = learner.step(*next(training), config, lr)
+    return torch.cat([metrics, learner.validate(*next(validation), config)[None]])
 
 
 def evaluate_owned(learners: dict[int, Learner], assignment: torch.Tensor, configs: list[Config],
                    validation: Images,
                    args: argparse.Namespace) -> tuple[torch.Tensor, list[int]]:
-    """The validation accuracy of every configuration on its own supernet, argmax_m P(m|c): float64
-    (C,), as --metric has it; and that supernet. Each rank evaluates on its supernets."""
+    """The validation accuracy of every configuration on its own supernet, argmax_m P(m|c), float64
+    (C,), and that supernet. Each rank evaluates the configurations of its supernets."""
     owners = assignment.argmax(1)
     accuracies = torch.zeros(len(configs), dtype=torch.float64)
     for m, learner in learners.items():
@@ -127,8 +130,8 @@ def evaluate_owned(learners: dict[int, Learner], assignment: torch.Tensor, confi
 
 
 class Exchange:
-    """W of all ranks, float64 (C,M) on the CPU, from the columns of each. It begins at once and
-    waits for nobody, neither the device nor a rank; `result` does."""
+    """Brings the columns of W that each rank owns to all ranks: float64 (C,M) on the CPU. It starts
+    at once and waits neither for the device nor for another rank. `result` waits for both."""
 
     def __init__(self, own: torch.Tensor):
         self.own = own.to("cpu", non_blocking=True, copy=True)
@@ -195,19 +198,20 @@ def main(argv: list[str] | None = None) -> None:
                         "number of processes that divides it")
     train, validation = common.split_for_search(data[0], args)
     truth = common.read_ground_truth(args.ground_truth, configs)
-    run = Run("mixture", args, data, space)
-    if (run.folder / "result.json").exists():
-        return common.report_search(run, space, truth)
+    folder, record = common.open_run("mixture", args, data)
+    if (folder / "result.json").exists():
+        return common.report_search(folder, common.load(folder / "result.json"), space, truth)
+    common.choose_kernel(args, folder, record, space, data[0])
 
     own = range(rank * count // world, (rank + 1) * count // world)  # this rank's supernets
     learners = {}
     for m in own:
-        seed = common.stream_seed(args.seed, "weights", m)
+        seed = common.derive_seed(args.seed, "weights", m)
         learners[m] = Learner(common.make_network(args, train, True, seed), args)
     state = {"scores": torch.ones(len(configs), count, dtype=torch.float64),  # W of all ranks
              "steps": torch.zeros(len(configs), count, dtype=torch.int64),  # of training, likewise
              "log": []}
-    checkpoint = run.folder / "checkpoint.pt"
+    checkpoint = folder / "checkpoint.pt"
     if checkpoint.exists():
         state = common.load(checkpoint)
         for m in own:
@@ -222,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     rounds = train.num_batches(args.batch_size)
     snapshots = {round(1 + part * (args.epochs - 1) / 5) for part in range(6)}
     print(f"{count} supernets, epochs {len(log) + 1} to {args.epochs} of {rounds} rounds:",
-          common.describe(args, train, validation, run.folder), flush=True)
+          common.describe(args, train, validation, folder), flush=True)
     bar = common.progress(total=args.epochs * rounds * count, initial=len(log) * rounds * count,
                           unit="step")
     for epoch in range(len(log), args.epochs):
@@ -232,30 +236,29 @@ def main(argv: list[str] | None = None) -> None:
         lr = common.cosine(*args.lr, epoch, args.epochs)
         # a random stream per purpose, supernet and epoch
         draws, order, crops, checks = (
-            [common.stream(args.seed, name, m, epoch) for m in range(count)]
+            [common.generator(args.seed, name, m, epoch) for m in range(count)]
             for name in ("draws", "order", "crops", "checks"))
-        training = {m: train.passes(args.batch_size, order[m], crops[m]) for m in own}
-        checking = {m: validation.passes(args.batch_size, checks[m]) for m in own}
-        numbers = {m: [] for m in own}
+        train_batches = {m: train.passes(args.batch_size, order[m], crops[m]) for m in own}
+        val_batches = {m: validation.passes(args.batch_size, checks[m]) for m in own}
+        metrics = {m: [] for m in own}
         for begin in range(0, rounds, INTERVAL):
             assignment = balance(merged, temperature, tolerance, draw)
             exchange = Exchange(scores)
             drawn = draw_rounds(assignment, draw, min(INTERVAL, rounds - begin), args.balance,
                                 draws)
-            for i, (c, m) in enumerate(drawn):
+            for c, m in drawn:
                 steps[c, m] += 1
                 bar.update()
                 if m in own:
-                    step = search_step(learners[m], training[m], checking[m], configs[c], lr)
+                    step = search_step(learners[m], train_batches[m], val_batches[m], configs[c],
+                                       lr)
                     update_score(scores, c, m - own.start, step[2], args.decay)
-                    place = (f"epoch {epoch + 1}, round {begin + i // count + 1}, configuration "
-                             f"{config_name(configs[c])}, supernet {m}")
-                    numbers[m].append((place, step))
+                    metrics[m].append(step)
             merged = exchange.result()
 
         totals = torch.zeros(count, 3, dtype=torch.float64)
         for m in own:
-            totals[m] = common.read_steps(numbers[m], learners[m].network).sum(0)
+            totals[m] = common.read_metrics(metrics[m], learners[m].network, epoch + 1).sum(0)
         if world > 1:
             dist.all_reduce(totals)
         loss, train_accuracy, val_accuracy = (totals.sum(0) / (rounds * count)).tolist()
@@ -278,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         log.append(line)
         states = collect({m: learner.state_dict() for m, learner in learners.items()})
         if rank == 0:
-            common.write_log(run.folder, log)  # first: a kill behind the last one loses no line
+            common.write_log(folder, log)  # first: a kill between the two loses no line
             common.save(checkpoint, {"learners": states, "scores": merged, "steps": steps,
                                      "log": log})
         common.show_epoch(bar, log, args.epochs)
@@ -288,10 +291,10 @@ def main(argv: list[str] | None = None) -> None:
     accuracies, owners = evaluate_owned(learners, assignment, configs, validation, args)
     states = collect({m: learner.network.state_dict() for m, learner in learners.items()})
     if rank == 0:
-        common.save(run.folder / "supernets.pt", [states[m] for m in range(count)])
-        plot_assignment(run.folder / "assignment.png", log, configs)
-        common.save_ranking(run, space, accuracies, owners, steps, validation)
-        common.report_search(run, space, truth)
+        common.save(folder / "supernets.pt", [states[m] for m in range(count)])
+        plot_assignment(folder / "assignment.png", log, configs)
+        result = common.search_result(record, space, accuracies, owners, steps, validation)
+        common.report_search(folder, result, space, truth)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ def pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
     """
     check_arguments(x, weight, downsample)
     # torch's operators, which its FlopCounterMode counts, and which forward mode can differentiate
-    if x.is_meta or forward_ad._current_level >= 0:
+    if x.is_meta or forward_ad._current_level >= 0 or not has_kernels(x.device):
         return native_pool_conv2d(x, weight, downsample)
 
     given = x
@@ -64,7 +65,7 @@ def pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
 
     if not _loaded:
         load()
-    y, pooled, _ = torch.ops.pool_conv.forward(x, weight, MODES[downsample])
+    y, pooled, _ = torch.ops.pool_conv.forward(x, weight, MODES[downsample], allows_tf32(device))
     return y, pooled if downsample == "maxpool" else given
 
 
@@ -74,6 +75,18 @@ def native_pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
     pooled = F.max_pool2d(x, 2) if downsample == "maxpool" else x
     stride = 2 if downsample == "stride" else 1
     return F.conv2d(pooled, weight, stride=stride, padding=1), pooled
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether there are kernels for it: on a GPU they need the tensor cores of sm_80 or newer."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def allows_tf32(device: str) -> bool:
+    """Whether torch's convolutions may round float32 to TF32 there. Ours then do, too."""
+    return (device == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"
+            and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0")
 
 
 def check_mode(downsample: str) -> None:
@@ -177,12 +190,24 @@ def _build(folder: Path, name: str, sources: list[Path], cuda: bool) -> None:
     with (tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch,
           mock.patch.dict(os.environ, _environment(scratch)),
           # torch's lock: this folder is ours, and a network's file system may have none
-          mock.patch.object(cpp_extension, "FileLock", contextlib.nullcontext, create=True)):
+          mock.patch.object(cpp_extension, "FileLock", contextlib.nullcontext, create=True),
+          mock.patch.object(cpp_extension, "_write_ninja_file",
+                            _for_any_path(cpp_extension._write_ninja_file))):
         cpp_extension.load("pool_conv", [str(file) for file in sources], build_directory=scratch,
                            extra_cflags=flags, extra_cuda_cflags=["-O3"],
                            extra_ldflags=link_flags, with_cuda=cuda, is_python_module=False)
         built, = Path(scratch).glob(f"pool_conv*{cpp_extension.LIB_EXT}")
         os.replace(built, folder / f"{name}-{built.stat().st_size}.so")
+
+
+def _for_any_path(write_ninja_file: Callable) -> Callable:
+    """torch's function, which escapes only the spaces in the paths of sources for ninja."""
+    special = "[$]" if os.name == "nt" else "[$:]"  # torch escapes the colon of C:, too
+
+    def write(*, sources, **others):
+        sources = [re.sub(special, r"$\g<0>", source) for source in sources]
+        write_ninja_file(sources=sources, **others)
+    return write
 
 
 def _environment(scratch: str) -> dict[str, str]:
@@ -259,13 +284,25 @@ def _locked(path: Path):
 
 # ------------------------------------------------------------------------ the operators' rules
 
+def _check_fake(mode: int, x: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """ValueError for what the operators refuse and what a result's shape does not tell: torch takes
+    the fake kernel when one of several tensors is on "meta"."""
+    if mode not in MODES.values():
+        raise ValueError(f"no mode {mode}")
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(f"a tensor is on {other.device}, not on {x.device}")
+
+
 def _register() -> None:
     """Fake kernels, autograd and vmap of the operators."""
     forward = torch.ops.pool_conv.forward
     backward = torch.ops.pool_conv.backward
 
     @torch.library.register_fake("pool_conv::forward")
-    def _(x, weight, mode):
+    def _(x, weight, mode, tf32=False):
+        _check_fake(mode, x, weight)
+
         def empty(channels, dtype=None):
             out = x.new_empty((x.shape[0], channels, height, width), dtype=dtype)
             return out.to(memory_format=torch.channels_last)
@@ -275,24 +312,31 @@ def _register() -> None:
         argmax = x.new_empty(0, dtype=torch.uint8)
         if mode == MODES["maxpool"]:
             height, width = height // 2, width // 2
-            # as by_winograd in binding.cpp decides; opcheck compares
-            winograd = x.dtype == torch.float32 and min(weight.shape[:2]) >= 8
+            # as is_ours in binding.cpp decides; opcheck compares
+            ours = x.is_cuda or x.dtype == torch.float32 and min(weight.shape[:2]) >= 8
             pooled = empty(x.shape[1])
-            argmax = empty(x.shape[1], torch.uint8 if winograd or x.is_cuda else torch.int64)
+            argmax = empty(x.shape[1], torch.uint8 if ours else torch.int64)
         if mode == MODES["stride"]:
             height, width = (height + 1) // 2, (width + 1) // 2
         return empty(weight.shape[0]), pooled, argmax
 
     @torch.library.register_fake("pool_conv::backward")
-    def _(grad_y, grad_pooled, x, weight, argmax, mode, height, width, want_x, want_weight):
+    def _(grad_y, grad_pooled, x, weight, argmax, mode, height, width, want_x, want_weight,
+          tf32=False):
+        _check_fake(mode, x, weight, grad_y, grad_pooled, argmax)
         grad_x = x.new_empty(0)
         if want_x:
             grad_x = x.new_empty((*x.shape[:2], height, width))
             grad_x = grad_x.to(memory_format=torch.channels_last)
-        return grad_x, weight.new_empty(weight.shape) if want_weight else x.new_empty(0)
+        if not want_weight:
+            return grad_x, x.new_empty(0)
+        lies_last = weight.is_contiguous(memory_format=torch.channels_last)
+        layout = (torch.channels_last if lies_last and not weight.is_contiguous()
+                  else torch.contiguous_format)  # as `layout` in binding.cpp
+        return grad_x, torch.empty_like(weight, memory_format=layout)
 
     def setup(ctx, inputs, output):
-        x, weight, ctx.mode = inputs
+        x, weight, ctx.mode, ctx.tf32 = inputs
         _, pooled, argmax = output
         ctx.size = x.shape[2:]
         ctx.mark_non_differentiable(argmax)
@@ -309,8 +353,8 @@ def _register() -> None:
             grad_pooled = None
         want_x, want_weight = ctx.needs_input_grad[:2]
         grad_x, grad_weight = backward(grad_y, grad_pooled, x, weight, argmax, ctx.mode, *ctx.size,
-                                       want_x, want_weight)
-        return grad_x if want_x else None, grad_weight if want_weight else None, None
+                                       want_x, want_weight, ctx.tf32)
+        return grad_x if want_x else None, grad_weight if want_weight else None, None, None
 
     def twice(ctx, *grads):
         raise NotImplementedError("pool_conv2d has no second derivative: use native ops for it")
@@ -319,12 +363,12 @@ def _register() -> None:
     torch.library.register_autograd("pool_conv::backward", twice)
 
     @torch.library.register_vmap("pool_conv::forward")
-    def _(info, dims, x, weight, mode):
+    def _(info, dims, x, weight, mode, tf32=False):
         outputs = []
         for i in range(info.batch_size):
             one_x = x if dims[0] is None else x.select(dims[0], i)
             one_weight = weight if dims[1] is None else weight.select(dims[1], i)
-            outputs.append(forward(one_x, one_weight, mode))
+            outputs.append(forward(one_x, one_weight, mode, tf32))
         return tuple(torch.stack(part) for part in zip(*outputs)), (0, 0, 0)
 
 

@@ -216,6 +216,71 @@ def test_wrong_arguments():
             pool_conv2d(*arguments)
 
 
+# --------------------------------------------------------------------- operators called directly
+
+def correct_calls(size=4):
+    """Arguments of every operator that it takes, images of size x size."""
+    x = torch.randn(2, 8, size, size)
+    weight = torch.randn(8, 8, 3, 3)
+    rows = torch.rand(6, 8)
+    no_argmax = torch.empty(0, dtype=torch.uint8)
+    return {
+        "forward": (x, weight, 0),
+        "backward": (x, None, x, weight, no_argmax, 0, size, size, True, True),
+        "norm_conv": (x, None, weight, None, None, 1e-5, 0, True),
+        "norm_conv_backward": (x, None, None, None, x, rows, None, weight, None, None, None, 0,
+                               size, size, True, True),
+        "moments": (x, None, None, 1e-5),
+        "finish": (x, rows, None, None),
+        "finish_backward": (x, x, x, rows, None, None, None, None),
+        "apply_backward": (x, None, x, rows)}
+
+
+def test_operators_refuse_empty_images_and_tangents(ops):
+    for name, arguments in correct_calls().items():
+        getattr(ops, name)(*arguments)
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            torch.func.jvp(lambda x: getattr(ops, name)(x, *arguments[1:]), arguments[:1],
+                           arguments[:1])
+    for name, arguments in correct_calls(size=0).items():
+        with pytest.raises(ValueError, match="is empty"):
+            getattr(ops, name)(*arguments)
+
+
+def test_operators_refuse_wrong_sizes_and_modes_and_return_nothing_unwritten(ops):
+    calls = correct_calls()
+    for name, first in (("backward", 5), ("norm_conv_backward", 11)):  # mode, height, width
+        for i, value in ((first, 7), (first, -1), (first, 1), (first + 1, 5), (first + 2, 3)):
+            arguments = list(calls[name])
+            arguments[i] = value
+            with pytest.raises(ValueError):
+                getattr(ops, name)(*arguments)
+    with pytest.raises(ValueError, match="too small"):
+        ops.forward(torch.ones(1, 8, 1, 4), torch.ones(8, 8, 3, 3), 1)
+    *arguments, _, want_weight = calls["norm_conv_backward"]
+    grad_x, _, back_x = ops.norm_conv_backward(*arguments, False, want_weight)
+    _, back_r = ops.finish_backward(*calls["finish_backward"])
+    assert grad_x.numel() == back_x.numel() == back_r.numel() == 0
+
+
+def test_operators_refuse_a_wild_argmax_and_a_second_device():
+    kernels.load()
+    ops = torch.ops.pool_conv
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    weight = torch.randn(3, 3, 3, 3, dtype=torch.float64)
+    for index in (-1, 16, 1 << 40):
+        argmax = torch.full((2, 3, 2, 2), index)
+        with pytest.raises(ValueError, match="argmax"):
+            ops.backward(x, None, x, weight, argmax, 1, 4, 4, True, True)
+
+    calls = correct_calls()
+    for name, i in (("forward", 0), ("forward", 1), ("backward", 0), ("backward", 3)):
+        arguments = list(calls[name])
+        arguments[i] = arguments[i].to("meta")
+        with pytest.raises(ValueError, match="meta"):
+            getattr(ops, name)(*arguments)
+
+
 # ---------------------------------------------------------------------------------------- build
 
 @pytest.mark.parametrize("variable, value, cause", [
@@ -265,6 +330,16 @@ def test_the_build_finds_ninja_and_a_compiler_of_several_words(monkeypatch, tmp_
     changes = kernels._environment(tmp_path)
     assert shutil.which("ninja", path=changes["PATH"]) == str(ninja)
     assert subprocess.check_output([changes["CXX"], "a b"], text=True) == "compile a b"
+
+
+def test_a_path_may_hold_any_character(tmp_path):
+    folder = tmp_path / """a $b:c'd"e%f"""
+    folder.mkdir()
+    (folder / "some.h").write_text("#define ANSWER 42")
+    source = folder / "source.cpp"
+    source.write_text('#include "some.h"\nint answer() { return ANSWER; }')
+    kernels._build(folder, "name", [source], cuda=False)
+    assert len(list(folder.glob("name-*.so"))) == 1
 
 
 def test_the_folder_works_alone(monkeypatch, tmp_path):
