@@ -65,7 +65,7 @@ def pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
 
     if not _loaded:
         load()
-    y, pooled, _ = torch.ops.pool_conv.forward(x, weight, MODES[downsample], allows_tf32(device))
+    y, pooled, _ = torch.ops.pool_conv.forward(x, weight, MODES[downsample], allows_tf32())
     return y, pooled if downsample == "maxpool" else given
 
 
@@ -83,9 +83,9 @@ def has_kernels(device: torch.device) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def allows_tf32(device: str) -> bool:
-    """Whether torch's convolutions may round float32 to TF32 there. Ours then do, too."""
-    return (device == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"
+def allows_tf32() -> bool:
+    """Whether torch's convolutions may round float32 to TF32 on a GPU. Ours then do, too."""
+    return (torch.backends.cudnn.conv.fp32_precision == "tf32"
             and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0")
 
 
