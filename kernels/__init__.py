@@ -77,6 +77,7 @@ def native_pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
     return F.conv2d(pooled, weight, stride=stride, padding=1), pooled
 
 
+@torch.compiler.assume_constant_result
 def has_kernels(device: torch.device) -> bool:
     """Whether there are kernels for it: on a GPU they need the tensor cores of sm_80 or newer."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)

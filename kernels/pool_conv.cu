@@ -1,61 +1,52 @@
-// 3x3 convolution (padding 1, NHWC) behind an optional 2x2 max-pool, on a GPU.
+// 3x3 convolution (padding 1, NHWC) behind an optional 2x2 max-pool, on a GPU of sm_80 or newer.
 //
 //   pooled[n,i,j,c] = max over the 2x2 pixels of x at (2i,2j)        (maxpool; otherwise x itself)
-//   y[n,i,j,k]      = sum over a,b in 0..2, c of pooled[n, S i + a - 1, S j + b - 1, c] w[k,c,a,b]
+//   y[n,i,j,k]      = sum over a,b in 0..2, c of pooled[n, i + a - 1, j + b - 1, c] w[k,c,a,b]
 //
-// with S = 2 for "stride" and 1 otherwise. float32, float16 and bfloat16, all summed in float32.
-// Weights are in memory as (c_out,3,3,c_in), their gradient as (c_out,c_in,3,3).
+// float32, float16 and bfloat16, all multiplied by tensor cores and summed in float32. Tensor cores
+// know no float32, but TF32, which has 10 bits behind the point. Where torch allows its own
+// convolutions to round to TF32, so do these. Elsewhere ("exact") a float32 is the sum of a TF32
+// number and of what that lacks, and a product takes three: error about 1e-6.
 //
-// What a layer costs, batch 128, forward (each gradient costs about the same again):
-//   ResNet-20 layer   GFLOP   float32 MB   H100 floor us, float32   bf16 MB  floor us, tensor cores
-//   16->16 @ 32x32    0.60      16.8       9.0  (arithmetic)         8.4       2.5 (memory)
-//   16->32 @ 16x16    0.30       6.3       4.5  (arithmetic)         3.1       0.9 (memory)
-//   32->32 @ 16x16    0.60       8.4       9.0  (arithmetic)         4.2       1.3 (memory)
-//   32->64 @  8x8     0.30       3.2       4.5  (arithmetic)         1.6       0.5 (memory)
-//   64->64 @  8x8     0.60       4.3       9.0  (arithmetic)         2.2       0.6 (memory)
-// GFLOP = 2*9*N*H*W*C*K; bytes: x and y once, weights once; floors from 67 TFLOP/s float32, 990
-// TFLOP/s bf16 and 3.35 TB/s. A max-pool of its own would read 4 and write 1 pooled input and read
-// it again; here it reads 4 and writes 1 (which the shortcut needs anyway).
+// What a layer costs at least, batch 128, float32 (each gradient costs about the same again):
+//   ResNet-20 layer   GFLOP     MB   microseconds on an H100: memory   TF32   exact
+//   16->16 @ 32x32    0.60    16.8                              5.0    1.2    3.7
+//   16->32 @ 16x16    0.30     6.3                              1.9    0.6    1.8
+//   32->32 @ 16x16    0.60     8.4                              2.5    1.2    3.7
+//   32->64 @  8x8     0.30     3.2                              0.9    0.6    1.8
+//   64->64 @  8x8     0.60     4.3                              1.3    1.2    3.7
+// GFLOP = 2*9*N*H*W*C*K; MB: x and y once, weights once; from 3.35 TB/s and 495 TFLOP/s, of which
+// mma is said to reach 60 %. A max-pool of its own would read 4 and write 1 pooled input and read
+// it again; here it reads 4 and writes 1 (which the shortcut needs anyway). In a training step an
+// identity block moves 27 tensors of its size, operator by operator 44.
 //
 // What the kernels need, counted from the PTX by a model of an H100 (4 instructions a cycle and
-// multiprocessor, 32 banks, 67 TFLOP/s, 3.35 TB/s), not measured; README.md has what an H100 took.
-// Microseconds of the dearest of instructions, arithmetic, shared memory and memory; batch 128:
-//   float32, in a training step of a block    16->16 @ 32x32   32->32 @ 16x16   64->64 @ 8x8
-//     conv_tiled, first convolution                15.5             13.9            13.4
-//     conv_tiled, gradient of the second           17.3             14.4            13.7
-//     grad_weight_partial, of the second           16.3             16.3            16.3
-//     norm_rows, back_rows                          0.3              0.2             0.1
-//     column_sums, elementwise (memory)            15.0              7.6             3.8
-//     the block, both ways                          115               99              93
-//   bfloat16, alone
-//     conv_tiled, forward (tensor cores)            4.4                              2.7
-//     grad_weight_partial                          15.2                             15.2
+// multiprocessor, 32 banks, the above), not measured; README.md has what an H100 took.
+// Microseconds of the dearest of instructions, tensor cores, shared memory and memory, in a
+// training step of a block, batch 128, float32, TF32 and exact:
+//                                        16->16 @ 32x32   32->32 @ 16x16    64->64 @ 8x8
+//   conv_tiled, first convolution           5.2,  7.4        3.1,  5.8        2.5,  5.2
+//     second, of a normalised input         5.6,  8.1        3.4,  6.1        2.8,  5.5
+//     gradient of the second               12.7, 12.7        6.4,  6.6        3.2,  5.9
+//   grad_weight_partial, of the second     10.7, 10.7        7.8,  7.8        5.3,  5.3
+//   column_sums, elementwise               15.0, 15.0        7.6,  7.6        3.8,  3.8
+//   the block, both ways                   72.2, 76.9       47.4, 53.0       31.8, 42.2
 //
-// With normalisation, ReLU and add fused, a block moves 27 tensors of its size in a training step,
-// 7 forward and 20 backward, since the gradients of input and weight each read what they are made
-// of; operator by operator it is 44. Nine blocks, counted as identity blocks, three of 16 channels
-// at 32x32, of 32 at 16x16 and of 64 at 8x8, batch 128, float32: 3 * 27 * (8.4 + 4.2 + 2.1) MB =
-// 1.19 GB, on an H100 355 us (operator by operator 1.9 GB, 578 us). Their arithmetic is 31 GFLOP:
-// 465 us in float32, 32 us on bf16 tensor cores.
-//
-// Kernels, from simple to fast:
-//   grad_input_plain         a thread an input element, gathering; used for stride 2
-//   elementwise, column_sums a block's end and its way back, float32; a thread four channels of a
-//                            pixel, or of a share of the pixels
-//   norm_rows, back_rows     a block a channel: adds up the sums, in double, in a fixed order
-//   grad_weight_partial      a block: all taps of 16 x 16 channels over a fixed share of the tiles,
-//                            of which there are as many as fill the GPU; a thread: one c, four k,
-//                            nine taps, a 3x3 window sliding along the row
+// Kernels:
+//   conv_tiled               a warp: 8x8 outputs x 16 channels; a block: four tiles x 16 channels or
+//                            two x 32. 64 bytes of each pixel's channels at a time, and the weights
+//                            for them, are in shared memory: pooled, normalised, or a gradient taken
+//                            back through a normalisation, while they are loaded. The input's
+//                            gradient is the same with rotated, transposed weights. The epilogue
+//                            adds the shortcut's gradient, unpools or passes a ReLU back, and sums
+//                            what the next normalisation needs.
+//   grad_weight_partial      a block: all taps of 16 x 16 or 32 x 32 channels over a fixed share of
+//                            the tiles, of which there are as many as fill the GPU; a window of
+//                            three rows and three shifts slides down in registers
 //   grad_weight_sum          adds the shares in a fixed order: no atomics, bit-reproducible
-//   conv_tiled               a block: 8x8 outputs x KB channels; input tile (pooled, normalised,
-//                            or a gradient taken back through a normalisation, while it is loaded)
-//                            and weights in shared memory, 16 input channels at a time. float32: a
-//                            thread has 4 pixels x 4 channels in registers, uses each input value
-//                            for three taps, each weight for four pixels. float16, bfloat16: a warp
-//                            has 32 pixels x 16 channels, on tensor cores. The input's gradient is
-//                            the same with rotated, transposed weights. The epilogue adds the
-//                            shortcut's gradient, unpools or passes a ReLU back, and sums what the
-//                            next normalisation needs.
+//   elementwise, column_sums a block's end and its way back; a thread: four channels of a pixel, or
+//                            of a share of the pixels
+//   norm_rows, back_rows     a block a channel: adds up the sums, in double, in a fixed order
 #include "pool_conv.h"
 
 #include <algorithm>
@@ -298,7 +289,8 @@ __host__ __device__ inline int tile_count(const Shape& g) {
 struct Place {
   int n, top, left;
   __device__ Place(const Shape& g, unsigned tile) {
-    const unsigned down = (int(g.height) + TILE - 1) / TILE, across = (int(g.width) + TILE - 1) / TILE;
+    const unsigned down = (int(g.height) + TILE - 1) / TILE;
+    const unsigned across = (int(g.width) + TILE - 1) / TILE;
     n = tile / (down * across);
     top = tile / across % down * TILE;
     left = tile % across * TILE;
@@ -498,7 +490,8 @@ __global__ void __launch_bounds__(THREADS, EXACT ? 3 : 4) conv_tiled(
     float part[2][4][4] = {};
     const int steps = (c_in - c0) * sizeof(T) > 32 ? 2 : 1;
     convolve<T, EXACT>(staged.xs[warp % TILES], staged.ws, k, steps, EXACT ? part : sum);
-    for (int q = 0; EXACT && q < 32; q++) sum[q / 16][q / 4 % 4][q % 4] += part[q / 16][q / 4 % 4][q % 4];
+    for (int e = 0; EXACT && e < 32; e++)
+      sum[e / 16][e / 4 % 4][e % 4] += part[e / 16][e / 4 % 4][e % 4];
     __syncthreads();
   }
 
@@ -540,7 +533,8 @@ __global__ void __launch_bounds__(THREADS, EXACT ? 3 : 4) conv_tiled(
     }
 #pragma unroll
     for (int m = 0; m < 4; m++) {
-      for (int q = 0; q < 4; q++) value[m].v[q] = to_float(from_float<T>(value[m].v[q]));  // as stored
+      for (int q = 0; q < 4; q++)  // as stored
+        value[m].v[q] = to_float(from_float<T>(value[m].v[q]));
       if (!inside[m]) continue;
       if (!unpool) {
         store4(y + image + out[m], value[m], left, wide);
