@@ -238,12 +238,16 @@ def correct_calls(size=4):
         "apply_backward": (x, None, x, rows)}
 
 
-def test_operators_refuse_empty_images_and_tangents(ops):
+def test_operators_refuse_empty_images_freed_memory_and_tangents(ops):
     for name, arguments in correct_calls().items():
         getattr(ops, name)(*arguments)
         with pytest.raises(NotImplementedError, match="forward mode"):
             torch.func.jvp(lambda x: getattr(ops, name)(x, *arguments[1:]), arguments[:1],
                            arguments[:1])
+        freed = arguments[0].clone()
+        freed.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="no memory"):
+            getattr(ops, name)(freed, *arguments[1:])
     for name, arguments in correct_calls(size=0).items():
         with pytest.raises(ValueError, match="is empty"):
             getattr(ops, name)(*arguments)
