@@ -51,7 +51,7 @@ def pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
     """
     check_arguments(x, weight, downsample)
     # torch's operators, which its FlopCounterMode counts, and which forward mode can differentiate
-    if x.is_meta or forward_ad._current_level >= 0:
+    if x.is_meta or forward_ad._current_level >= 0 or not has_kernels(x.device):
         return native_pool_conv2d(x, weight, downsample)
 
     given = x
@@ -65,7 +65,7 @@ def pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
 
     if not _loaded:
         load()
-    y, pooled, _ = torch.ops.pool_conv.forward(x, weight, MODES[downsample])
+    y, pooled, _ = torch.ops.pool_conv.forward(x, weight, MODES[downsample], allows_tf32())
     return y, pooled if downsample == "maxpool" else given
 
 
@@ -75,6 +75,18 @@ def native_pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
     pooled = F.max_pool2d(x, 2) if downsample == "maxpool" else x
     stride = 2 if downsample == "stride" else 1
     return F.conv2d(pooled, weight, stride=stride, padding=1), pooled
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether there are kernels for it: on a GPU they need the tensor cores of sm_80 or newer."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def allows_tf32() -> bool:
+    """Whether torch's convolutions may round float32 to TF32 on a GPU. Ours then do, too."""
+    return (torch.backends.cudnn.conv.fp32_precision == "tf32"
+            and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0")
 
 
 def check_mode(downsample: str) -> None:
@@ -288,7 +300,7 @@ def _register() -> None:
     backward = torch.ops.pool_conv.backward
 
     @torch.library.register_fake("pool_conv::forward")
-    def _(x, weight, mode):
+    def _(x, weight, mode, tf32=False):
         _check_fake(mode, x, weight)
 
         def empty(channels, dtype=None):
@@ -300,25 +312,31 @@ def _register() -> None:
         argmax = x.new_empty(0, dtype=torch.uint8)
         if mode == MODES["maxpool"]:
             height, width = height // 2, width // 2
-            # as by_winograd in binding.cpp decides; opcheck compares
-            winograd = x.dtype == torch.float32 and min(weight.shape[:2]) >= 8
+            # as is_ours in binding.cpp decides; opcheck compares
+            ours = x.is_cuda or x.dtype == torch.float32 and min(weight.shape[:2]) >= 8
             pooled = empty(x.shape[1])
-            argmax = empty(x.shape[1], torch.uint8 if winograd or x.is_cuda else torch.int64)
+            argmax = empty(x.shape[1], torch.uint8 if ours else torch.int64)
         if mode == MODES["stride"]:
             height, width = (height + 1) // 2, (width + 1) // 2
         return empty(weight.shape[0]), pooled, argmax
 
     @torch.library.register_fake("pool_conv::backward")
-    def _(grad_y, grad_pooled, x, weight, argmax, mode, height, width, want_x, want_weight):
+    def _(grad_y, grad_pooled, x, weight, argmax, mode, height, width, want_x, want_weight,
+          tf32=False):
         _check_fake(mode, x, weight, grad_y, grad_pooled, argmax)
         grad_x = x.new_empty(0)
         if want_x:
             grad_x = x.new_empty((*x.shape[:2], height, width))
             grad_x = grad_x.to(memory_format=torch.channels_last)
-        return grad_x, weight.new_empty(weight.shape) if want_weight else x.new_empty(0)
+        if not want_weight:
+            return grad_x, x.new_empty(0)
+        lies_last = weight.is_contiguous(memory_format=torch.channels_last)
+        layout = (torch.channels_last if lies_last and not weight.is_contiguous()
+                  else torch.contiguous_format)  # as `layout` in binding.cpp
+        return grad_x, torch.empty_like(weight, memory_format=layout)
 
     def setup(ctx, inputs, output):
-        x, weight, ctx.mode = inputs
+        x, weight, ctx.mode, ctx.tf32 = inputs
         _, pooled, argmax = output
         ctx.size = x.shape[2:]
         ctx.mark_non_differentiable(argmax)
@@ -335,8 +353,8 @@ def _register() -> None:
             grad_pooled = None
         want_x, want_weight = ctx.needs_input_grad[:2]
         grad_x, grad_weight = backward(grad_y, grad_pooled, x, weight, argmax, ctx.mode, *ctx.size,
-                                       want_x, want_weight)
-        return grad_x if want_x else None, grad_weight if want_weight else None, None
+                                       want_x, want_weight, ctx.tf32)
+        return grad_x if want_x else None, grad_weight if want_weight else None, None, None
 
     def twice(ctx, *grads):
         raise NotImplementedError("pool_conv2d has no second derivative: use native ops for it")
@@ -345,12 +363,12 @@ def _register() -> None:
     torch.library.register_autograd("pool_conv::backward", twice)
 
     @torch.library.register_vmap("pool_conv::forward")
-    def _(info, dims, x, weight, mode):
+    def _(info, dims, x, weight, mode, tf32=False):
         outputs = []
         for i in range(info.batch_size):
             one_x = x if dims[0] is None else x.select(dims[0], i)
             one_weight = weight if dims[1] is None else weight.select(dims[1], i)
-            outputs.append(forward(one_x, one_weight, mode))
+            outputs.append(forward(one_x, one_weight, mode, tf32))
         return tuple(torch.stack(part) for part in zip(*outputs)), (0, 0, 0)
 
 

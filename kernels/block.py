@@ -22,9 +22,10 @@ from torch.autograd import forward_ad
 from torch.nn import BatchNorm2d, Conv2d, Module, Sequential
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import MODES, check_mode, load, pool_conv2d
+from . import MODES, allows_tf32, check_mode, has_kernels, load, pool_conv2d
 
 ops = torch.ops.pool_conv
+HALF = (torch.float16, torch.bfloat16)
 GRAD_AFFINE = slice(4, 6)  # rows of the gradients of gamma and beta (BackRow in pool_conv.h)
 
 
@@ -57,12 +58,20 @@ def basic_block(x: torch.Tensor, conv1: Module, norm1: Module, conv2: Module, no
 
     load()
     norms = [norm1, norm2, shortcut[1]] if shortcut else [norm1, norm2]
-    weight_s = shortcut[0].weight if shortcut else None
+    weight_s = _cast(shortcut[0].weight) if shortcut else None
     affine = []
     for norm in norms:
         affine += [norm.weight, norm.bias]
-    return _BasicBlock.apply(x, conv1.weight, conv2.weight, weight_s, MODES[downsample], norms,
-                             *affine)
+    return _BasicBlock.apply(_cast(x), _cast(conv1.weight), _cast(conv2.weight), weight_s,
+                             MODES[downsample], norms, *affine)
+
+
+def _cast(tensor: torch.Tensor) -> torch.Tensor:
+    """As autocast casts what goes into a convolution. All else stays float32."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
 
 
 def _can_fuse(x: torch.Tensor, convs: list[Module], norms: list[Module],
@@ -83,8 +92,8 @@ def _can_fuse(x: torch.Tensor, convs: list[Module], norms: list[Module],
     return (downsample != "stride"
             and _is_plain_tensor(x)
             and x.device.type in ("cpu", "cuda")  # on "meta" torch counts operations
-            and x.dtype == torch.float32
-            and not torch.is_autocast_enabled(x.device.type)
+            and has_kernels(x.device)
+            and _has_type(x)
             # of one value a channel there are no statistics; of none, torch has an opinion
             and x.dim() == 4 and len(x) * (x.shape[2] // by) * (x.shape[3] // by) > 1
             and all(map(_is_plain_conv, convs, sizes))
@@ -95,6 +104,14 @@ def _can_fuse(x: torch.Tensor, convs: list[Module], norms: list[Module],
             and (shortcut or all(len(conv.weight) == x.shape[1] for conv in convs))
             # running statistics have no way back here
             and (all(map(_of_batch, norms)) or not torch.is_grad_enabled()))
+
+
+def _has_type(x: torch.Tensor) -> bool:
+    """float32; on a GPU, under autocast, also the types that it casts to."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x.dtype == torch.float32
+    return (x.is_cuda and x.dtype in (torch.float32, *HALF)
+            and torch.get_autocast_dtype("cuda") in HALF)
 
 
 def _is_plain_tensor(x: torch.Tensor) -> bool:
@@ -205,11 +222,12 @@ class _BasicBlock(torch.autograd.Function):
     def forward(ctx, x, weight1, weight2, weight_s, mode, norms, *affine):
         def norm_conv(x, norm_x, weight, norm, mode):
             y, batch, pooled, argmax = ops.norm_conv(x, norm_x, weight, norm.weight, norm.bias,
-                                                     norm.eps, mode, _of_batch(norm))
+                                                     norm.eps, mode, _of_batch(norm), ctx.tf32)
             return y, _rows(norm, batch, y), pooled, argmax
 
         ctx.size = x.shape[2:]
         ctx.mode = mode
+        ctx.tf32 = allows_tf32()
         x = x.contiguous(memory_format=torch.channels_last)
         y1, rows1, pooled, argmax = norm_conv(x, None, weight1, norms[0], mode)
         y2, rows2, _, _ = norm_conv(y1, rows1, weight2, norms[1], MODES["none"])
@@ -234,7 +252,7 @@ class _BasicBlock(torch.autograd.Function):
         back2, back_s = ops.finish_backward(grad, out, y2, rows2, gamma2, r, rows_s, gamma_s)
         grad1, grad_weight2, back1 = ops.norm_conv_backward(
             grad, out, y2, back2, y1, rows1, gamma1, weight2, None, None, None, MODES["none"],
-            *y1.shape[2:], True, True)
+            *y1.shape[2:], True, True, ctx.tf32)
 
         # by the shortcut: what of grad passed the last ReLU, or that back through a convolution
         extra = grad
@@ -249,7 +267,7 @@ class _BasicBlock(torch.autograd.Function):
 
         grad_x, grad_weight1, _ = ops.norm_conv_backward(
             grad1, None, y1, back1, x, None, None, weight1, argmax, extra, extra_out, ctx.mode,
-            *ctx.size, ctx.needs_input_grad[0], True)
+            *ctx.size, ctx.needs_input_grad[0], True, ctx.tf32)
         of_s = () if weight_s is None else _affine(back_s, gamma_s)
         return (grad_x, grad_weight1, grad_weight2, grad_weight_s, None, None,
                 *_affine(back1, gamma1), *_affine(back2, gamma2), *of_s)

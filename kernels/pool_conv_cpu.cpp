@@ -421,14 +421,16 @@ struct Normalise {  // or nothing, without rows
 inline vec relu(vec v) { return v < 0 ? vec{} : v; }
 inline vec relu_backward(vec grad, vec out) { return out <= 0 ? vec{} : grad; }
 
+const float* floats(const void* data) { return static_cast<const float*>(data); }
+
 // The way back to y, a vector of channels at a time
 struct Gradient {
   const float *grad, *out, *y;
   int64_t left;
   vec center = {}, by_g = {}, by_y = {}, by_1 = {};
-  Gradient(const GradientOf& g, int64_t from, int64_t channels, int64_t c, int64_t left)
-      : grad(g.grad + from), out(g.out ? g.out + from : nullptr), y(g.back ? g.y + from : nullptr),
-        left(left) {
+  Gradient(const Source& g, int64_t from, int64_t channels, int64_t c, int64_t left)
+      : grad(floats(g.x) + from), out(g.out ? floats(g.out) + from : nullptr),
+        y(g.back ? floats(g.y) + from : nullptr), left(left) {
     const auto row = [&](int r) { return load(g.back + r * channels + c, left); };
     if (y) center = row(CENTER), by_g = row(BY_G), by_y = row(BY_Y), by_1 = row(BY_1);
   }
@@ -588,7 +590,8 @@ void weight_gradient(const Shape& s, const float* x, const float* grad_y, int64_
 }
 
 // grad_weight = G^T dU G of the threads' sums, added in a fixed order
-void weight_transform_back(const Shape& s, const float* dU, float* grad_weight) {
+void weight_transform_back(const Shape& s, const float* dU, bool nhwc, float* grad_weight) {
+  const int64_t by_c = nhwc ? 1 : 9, by_tap = nhwc ? s.c_in : 1;
   const int64_t ld = round_up(s.c_out, W), size = 36 * s.c_in * ld, threads = at::get_num_threads();
   at::parallel_for(0, s.c_in, 4, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; c++)
@@ -601,7 +604,8 @@ void weight_transform_back(const Shape& s, const float* dU, float* grad_weight) 
         for (int64_t lane = 0; lane < std::min(W, s.c_out - k); lane++)
           for (int i = 0; i < 3; i++)
             for (int j = 0; j < 3; j++)
-              grad_weight[((k + lane) * s.c_in + c) * 9 + 3 * i + j] = u[6 * i + j][lane];
+              grad_weight[(k + lane) * s.c_in * 9 + c * by_c + (3 * i + j) * by_tap] =
+                  u[6 * i + j][lane];
       }
   });
 }
@@ -616,8 +620,8 @@ void weight_transform_back(const Shape& s, const float* dU, float* grad_weight) 
 
 }  // namespace
 
-void conv_forward(const Shape& s, const Input& in, const float* weight, float* y,
-                  const Affine& affine, float* norm_y) {
+void conv_forward(const Shape& s, const Source& in, const float* weight, float* y, float* pooled,
+                  uint8_t* argmax, const Affine& affine, float* norm_y) {
   const Scratch U(36 * s.c_in * round_up(s.c_out, W));
   weight_transform(s, weight, false, U.data);
   const Tiles tiles(s);
@@ -628,17 +632,17 @@ void conv_forward(const Shape& s, const Input& in, const float* weight, float* y
     const Zeros input(step * tiles.padded * s.c_in);
     for (int64_t first = begin; first < end; first += step) {
       const int64_t images = std::min(step, end - first), from = first * pixels * s.c_in;
-      for (int64_t i = 0; in.pooled && i < images; i++)
-        pool_image(in.x + (first + i) * in.x_height * in.x_width * s.c_in, in.x_width,
-                   in.pooled + from + i * pixels * s.c_in, in.argmax + from + i * pixels * s.c_in,
+      for (int64_t i = 0; argmax && i < images; i++)
+        pool_image(floats(in.x) + (first + i) * s.x_height * s.x_width * s.c_in, s.x_width,
+                   pooled + from + i * pixels * s.c_in, argmax + from + i * pixels * s.c_in,
                    s.height, s.width, s.c_in);
-      const float* x = in.pooled ? in.pooled : in.x;
+      const float* x = argmax ? pooled : floats(in.x);
       make_input(tiles, images, s.c_in, x + from, in.norm, input.data);
       const int64_t after = first + images, next = std::min(step, end - after);
-      const int64_t of_x = (in.pooled ? in.x_height * in.x_width : pixels) * s.c_in;
+      const int64_t of_x = (argmax ? s.x_height * s.x_width : pixels) * s.c_in;
       const int64_t of_y = pixels * s.c_out;
       work.plan(tiles, images, (s.c_out + GROUP - 1) / GROUP);
-      work.soon(in.x, after * of_x, next * of_x);
+      work.soon(floats(in.x), after * of_x, next * of_x);
       work.soon(y, first * of_y, images * of_y);
       float* const here = y + first * of_y;
       BY_CHANNELS(convolve, s.c_in)(s, input.data, U.data, here, images, work);
@@ -648,10 +652,11 @@ void conv_forward(const Shape& s, const Input& in, const float* weight, float* y
   if (norm_y) sums.rows(affine, norm_y);
 }
 
-void conv_backward(const Shape& s, const GradientOf& g, const Input& in, const float* weight,
-                   const float* extra, const float* extra_out, float* grad_x, float* grad_weight,
-                   const float* gamma, float* back_x) {
+void conv_backward(const Shape& s, const Source& g, const Source& in, const float* weight,
+                   const uint8_t* argmax, const Source& extra, float* grad_x, bool nhwc,
+                   float* grad_weight, const float* gamma, float* back_x) {
   const Shape back{s.batch, s.height, s.width, s.c_out, s.c_in};
+  const float* const x = floats(in.x);
   const Tiles tiles(s);
   const int64_t pixels = s.height * s.width, step = images_at_once(s);
   const int64_t size = 36 * s.c_in * round_up(s.c_out, W);
@@ -664,7 +669,7 @@ void conv_backward(const Shape& s, const GradientOf& g, const Input& in, const f
     float* const dU_here = dU.data + t * size;
     if (grad_weight) std::fill(dU_here, dU_here + size, 0.0f);
     const Zeros grad_y(step * tiles.padded * s.c_out), input(step * tiles.padded * s.c_in);
-    const Scratch pooled(grad_x && in.argmax ? step * pixels * s.c_in : 0);
+    const Scratch pooled(grad_x && argmax ? step * pixels * s.c_in : 0);
     for (int64_t first = begin; first < end; first += step) {
       const int64_t images = std::min(step, end - first), from = first * pixels * s.c_in;
       each_padded(tiles, images, s.c_out, [&](int64_t c, int64_t left, auto loop) {
@@ -674,16 +679,17 @@ void conv_backward(const Shape& s, const GradientOf& g, const Input& in, const f
       work.plan(tiles, images, (grad_weight ? 1 : 0) + (grad_x ? (s.c_in + GROUP - 1) / GROUP : 0));
       const int64_t after = first + images, next = std::min(step, end - after);
       const int64_t of_x = pixels * s.c_in, of_y = pixels * s.c_out;
-      for (const float* p : {g.grad, g.out, g.y}) work.soon(p, after * of_y, next * of_y);
-      for (const float* p : {in.x, extra, extra_out}) work.soon(p, after * of_x, next * of_x);
-      const int64_t of_grad_x = in.argmax ? in.x_height * in.x_width * s.c_in : of_x;
+      for (const void* p : {g.x, g.out, g.y}) work.soon(floats(p), after * of_y, next * of_y);
+      for (const void* p : {in.x, extra.x, extra.out})
+        work.soon(floats(p), after * of_x, next * of_x);
+      const int64_t of_grad_x = argmax ? s.x_height * s.x_width * s.c_in : of_x;
       work.soon(grad_x, first * of_grad_x, images * of_grad_x);
       if (grad_weight || in.norm)
-        make_input(tiles, images, s.c_in, in.x + from, in.norm, input.data);
+        make_input(tiles, images, s.c_in, x + from, in.norm, input.data);
       if (grad_weight)
         BY_CHANNELS(weight_gradient, s.c_in)(s, input.data, grad_y.data, images, dU_here, work);
       if (!grad_x) continue;
-      float* const here = in.argmax ? pooled.data : grad_x + from;
+      float* const here = argmax ? pooled.data : grad_x + from;
       BY_CHANNELS(convolve, s.c_out)(back, grad_y.data, U.data, here, images, work);
       if (in.norm)
         each_padded(tiles, images, s.c_in, [&](int64_t c, int64_t left, auto loop) {
@@ -692,23 +698,23 @@ void conv_backward(const Shape& s, const GradientOf& g, const Input& in, const f
           loop([&](int64_t at, int64_t padded) {
             const vec v = relu_backward(load(here + at, left), load(input.data + padded, left));
             sum += v;
-            product += v * (load(in.x + from + at, left) - center);
+            product += v * (load(x + from + at, left) - center);
             store(here + at, v, left);
           });
           sums.add(t, c, sum, product);
         });
-      if (extra)
+      if (extra.x)
         each(images * pixels, s.c_in, [&](int64_t c, int64_t left, auto loop) {
-          const Gradient more({extra, extra_out}, from, s.c_in, c, left);
+          const Gradient more(extra, from, s.c_in, c, left);
           loop([&](int64_t at) { store(here + at, load(here + at, left) + more(at), left); });
         });
-      for (int64_t i = 0; in.argmax && i < images; i++)
-        unpool_image(here + i * pixels * s.c_in, in.argmax + from + i * pixels * s.c_in,
-                     grad_x + (first + i) * in.x_height * in.x_width * s.c_in, in.x_height,
-                     in.x_width, s.c_in);
+      for (int64_t i = 0; argmax && i < images; i++)
+        unpool_image(here + i * pixels * s.c_in, argmax + from + i * pixels * s.c_in,
+                     grad_x + (first + i) * s.x_height * s.x_width * s.c_in, s.x_height, s.x_width,
+                     s.c_in);
     }
   });
-  if (grad_weight) weight_transform_back(s, dU.data, grad_weight);
+  if (grad_weight) weight_transform_back(s, dU.data, nhwc, grad_weight);
   if (grad_x && in.norm) back_rows(sums, s.batch * pixels, in.norm, gamma, back_x);
 }
 
@@ -736,13 +742,13 @@ void finish(int64_t pixels, int64_t channels, const float* y, const float* norm,
   });
 }
 
-void finish_backward(int64_t pixels, int64_t channels, const float* grad, const float* out,
-                     const Normed& y, const Normed* r) {
+void finish_backward(int64_t pixels, int64_t channels, const Source& grad, const Normed& y,
+                     const Normed* r) {
   Sums sums(channels), sums_r(channels);
   share(pixels, [&](int64_t t, int64_t begin, int64_t end) {
     const int64_t from = begin * channels;
     each(end - begin, channels, [&](int64_t c, int64_t left, auto loop) {
-      const Gradient gradient({grad, out}, from, channels, c, left);
+      const Gradient gradient(grad, from, channels, c, left);
       const vec center = load(y.norm + CENTER * channels + c, left);
       const vec center_r = r ? load(r->norm + CENTER * channels + c, left) : vec{};
       vec sum = {}, product = {}, product_r = {};
@@ -760,7 +766,7 @@ void finish_backward(int64_t pixels, int64_t channels, const float* grad, const 
   if (r) back_rows(sums_r, pixels, r->norm, r->gamma, r->back);
 }
 
-void apply_backward(int64_t pixels, int64_t channels, const GradientOf& g, float* grad_y) {
+void apply_backward(int64_t pixels, int64_t channels, const Source& g, float* grad_y) {
   share(pixels, [&](int64_t, int64_t begin, int64_t end) {
     each(end - begin, channels, [&](int64_t c, int64_t left, auto loop) {
       const Gradient gradient(g, begin * channels, channels, c, left);
