@@ -27,13 +27,20 @@ void* stream() { return c10::cuda::getCurrentCUDAStream(); }
 void* stream() { return nullptr; }
 #endif
 void check(const char* message) { TORCH_CHECK(!message, "pool_conv: CUDA says ", message); }
+// The function of this name, which has the same arguments on a CPU and for CUDA
+#define RUN(function, ...)                              \
+  given.check_type();                                   \
+  if constexpr (CUDA)                                   \
+    check(cuda::function(given.launch(), __VA_ARGS__)); \
+  else                                                  \
+    cpu::function(__VA_ARGS__)
 
 Tensor nhwc(const Tensor& x) { return x.contiguous(NHWC); }
 Tensor empty_nhwc(at::IntArrayRef sizes, const Tensor& like) {
   return at::empty(sizes, like.options().memory_format(NHWC));
 }
 Tensor nothing(const Tensor& like) { return at::empty({0}, like.options()); }
-// Rows of NormRow or BackRow, or scratch
+// Rows of NormRow or BackRow
 Tensor rows(int64_t count, int64_t channels, const Tensor& like) {
   return at::empty({count, channels}, like.options().dtype(at::kFloat));
 }
@@ -58,8 +65,8 @@ class Arguments {
   static constexpr auto OF_WEIGHT = CUDA ? NHWC : OIHW;
 
   // least: the smallest height and width of x
-  explicit Arguments(const Tensor& x, int64_t mode = NONE, int64_t least = 1)
-      : x(x), guard(x.device()) {
+  explicit Arguments(const Tensor& x, int64_t mode = NONE, int64_t least = 1, bool tf32 = false)
+      : x(x), tf32(tf32), guard(x.device()) {
     TORCH_CHECK_VALUE(mode == NONE || mode == MAXPOOL || mode == STRIDE, "no mode ", mode);
     TORCH_CHECK_VALUE(x.dim() == 4 && x.size(1) && x.size(2) >= least && x.size(3) >= least,
                       "an image of shape ", x.sizes(), " is empty, or too small for mode ", mode);
@@ -86,11 +93,18 @@ class Arguments {
     TORCH_CHECK_VALUE(t, "a max-pool needs its argmax");
     return static_cast<const uint8_t*>(take("argmax", t, x.sizes(), type, NHWC));
   }
-  Type type(bool tf32 = false) const {
-    const auto of = x.scalar_type();
-    TORCH_CHECK_TYPE(of == at::kFloat || (CUDA && (of == at::kHalf || of == at::kBFloat16)), of,
-                     ": the kernels take float32, on CUDA also float16 and bfloat16");
-    return of == at::kHalf ? FLOAT16 : of == at::kBFloat16 ? BFLOAT16 : tf32 ? TF32 : FLOAT32;
+  void check_type() const {
+    const auto type = x.scalar_type();
+    TORCH_CHECK_TYPE(type == at::kFloat || (CUDA && (type == at::kHalf || type == at::kBFloat16)),
+                     type, ": the kernels take float32, on CUDA also float16 and bfloat16");
+  }
+  Launch launch() {
+    const auto type = x.scalar_type();
+    return {type == at::kHalf ? FLOAT16 : type == at::kBFloat16 ? BFLOAT16 : tf32 ? TF32 : FLOAT32,
+            stream(), [this](int64_t floats) {
+              kept.push_back(rows(1, floats, x));
+              return fill(kept.back());
+            }};
   }
 
  private:
@@ -108,6 +122,7 @@ class Arguments {
     return laid.const_data_ptr();
   }
   const Tensor& x;
+  const bool tf32;
   const c10::DeviceGuard guard;  // what is allocated and launched is on x's device
   c10::SmallVector<Tensor, 12> kept;
 };
@@ -134,16 +149,11 @@ template <bool CUDA>
 Tensor moments(const Tensor& y, const MaybeTensor& gamma, const MaybeTensor& beta, double eps) {
   TORCH_CHECK_VALUE(y.numel(), "moments: y is empty");
   Arguments<CUDA> given(y);
-  const Type type = given.type();
   const int64_t c = y.size(1);
   const float* from = given.image("y", y, y.sizes());
   const Affine affine{given.floats("gamma", gamma, {c}), given.floats("beta", beta, {c}), eps};
   Tensor norm = rows(NORM_ROWS, c, y);
-  if constexpr (CUDA)
-    check(launch_moments(type, pixels(y), c, from, affine, fill(rows(PARTIAL_ROWS, c, y)),
-                         fill(norm), stream()));
-  else
-    pool_conv::moments(pixels(y), c, from, affine, fill(norm));
+  RUN(moments, pixels(y), c, from, affine, fill(norm));
   return norm;
 }
 
@@ -152,17 +162,13 @@ Tensor finish(const Tensor& y, const Tensor& norm, const MaybeTensor& r,
               const MaybeTensor& norm_r) {
   TORCH_CHECK_VALUE(r || !norm_r, "finish: norm_r needs r");
   Arguments<CUDA> given(y);
-  const Type type = given.type();
   const int64_t c = y.size(1);
   const float* from = given.image("y", y, y.sizes());
   const float* by = given.floats("norm", norm, {NORM_ROWS, c});
   const float* more = given.image("r", r, y.sizes());
   const float* by_r = given.floats("norm_r", norm_r, {NORM_ROWS, c});
   Tensor out = empty_nhwc(y.sizes(), y);
-  if constexpr (CUDA)
-    check(launch_finish(type, pixels(y), c, from, by, more, by_r, fill(out), stream()));
-  else
-    pool_conv::finish(pixels(y), c, from, by, more, by_r, fill(out));
+  RUN(finish, pixels(y), c, from, by, more, by_r, fill(out));
   return out;
 }
 
@@ -173,7 +179,6 @@ std::tuple<Tensor, Tensor> finish_backward(
     const MaybeTensor& gamma_r) {
   TORCH_CHECK_VALUE(r || !norm_r, "finish_backward: norm_r needs r");
   Arguments<CUDA> given(y);
-  const Type type = given.type();
   const int64_t c = y.size(1);
   const Source of_grad{given.image("grad", grad, y.sizes()), nullptr,
                        given.image("out", out, y.sizes())};
@@ -182,14 +187,7 @@ std::tuple<Tensor, Tensor> finish_backward(
                     given.floats("gamma", gamma, {c}), fill(back)};
   const Normed of_r{given.image("r", r, y.sizes()), given.floats("norm_r", norm_r, {NORM_ROWS, c}),
                     given.floats("gamma_r", gamma_r, {c}), fill(back_r)};
-  if constexpr (CUDA) {
-    Tensor partial = rows(PARTIAL_ROWS, c, y);
-    check(launch_finish_backward(type, pixels(y), c, of_grad, of_y, fill(partial), stream()));
-    if (norm_r)
-      check(launch_finish_backward(type, pixels(y), c, of_grad, of_r, fill(partial), stream()));
-  } else {
-    pool_conv::finish_backward(pixels(y), c, of_grad, of_y, norm_r ? &of_r : nullptr);
-  }
+  RUN(finish_backward, pixels(y), c, of_grad, of_y, norm_r ? &of_r : nullptr);
   return {back, back_r};
 }
 
@@ -197,16 +195,12 @@ template <bool CUDA>
 Tensor apply_backward(const Tensor& grad, const MaybeTensor& out, const Tensor& y,
                       const Tensor& back) {
   Arguments<CUDA> given(y);
-  const Type type = given.type();
   const int64_t c = y.size(1);
   const Source of_grad{given.image("grad", grad, y.sizes()), nullptr,
                        given.image("out", out, y.sizes()), given.image("y", y, y.sizes()),
                        given.floats("back", back, {BACK_ROWS, c})};
   Tensor grad_y = empty_nhwc(y.sizes(), y);
-  if constexpr (CUDA)
-    check(launch_apply_backward(type, pixels(y), c, of_grad, fill(grad_y), stream()));
-  else
-    pool_conv::apply_backward(pixels(y), c, of_grad, fill(grad_y));
+  RUN(apply_backward, pixels(y), c, of_grad, fill(grad_y));
   return grad_y;
 }
 
@@ -218,8 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_conv(
     const MaybeTensor& beta, double eps, int64_t mode, bool normalise, bool tf32) {
   const bool pool = mode == MAXPOOL;
   TORCH_CHECK_VALUE(!pool || !norm, "norm_conv: a max-pool or a norm, not both");
-  Arguments<CUDA> given(x, mode, pool ? 2 : 1);
-  const Type type = given.type(tf32);
+  Arguments<CUDA> given(x, mode, pool ? 2 : 1, tf32);
   const Source of_x{given.image(), given.floats("norm", norm, {NORM_ROWS, x.size(1)})};
   const float* by = given.weight(weight);
   const int64_t c_out = weight.size(0);
@@ -239,13 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_conv(
   }
   Tensor y = empty_nhwc({s.batch, s.c_out, s.height, s.width}, x);
   Tensor norm_y = rows(normalise ? NORM_ROWS : 0, s.c_out, x);
-  if constexpr (CUDA) {
-    Tensor partial = rows(1, normalise ? forward_partial_floats(s) : 0, x);
-    check(launch_forward(type, s, of_x, by, fill(y), fill(pooled), fill_bytes(argmax), affine,
-                         fill(partial), fill(norm_y), stream()));
-  } else {
-    conv_forward(s, of_x, by, fill(y), fill(pooled), fill_bytes(argmax), affine, fill(norm_y));
-  }
+  RUN(conv_forward, s, of_x, by, fill(y), fill(pooled), fill_bytes(argmax), affine, fill(norm_y));
   return {y, norm_y, pooled, argmax};
 }
 
@@ -261,8 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_conv_backward(
                     "norm_conv_backward: a max-pool or a norm, not both, and no stride");
   TORCH_CHECK_VALUE(y.has_value() == back.has_value() && (extra || !extra_out),
                     "norm_conv_backward: y and back go together, extra_out needs extra");
-  Arguments<CUDA> given(x, mode);
-  const Type type = given.type(tf32);
+  Arguments<CUDA> given(x, mode, 1, tf32);
   const float* by = given.weight(weight);
   const int64_t c_in = x.size(1), c_out = weight.size(0);
   const at::DimVector y_sizes = output_sizes(x, weight, mode);
@@ -281,23 +267,9 @@ std::tuple<Tensor, Tensor, Tensor> norm_conv_backward(
   if (want_weight)
     grad_weight = at::empty(weight.sizes(), x.options().memory_format(layout(weight)));
   Tensor back_x = rows(norm && want_x ? BACK_ROWS : 0, c_in, x);
-  const bool by_last = layout(weight) == NHWC;
-  if constexpr (CUDA) {
-    if (want_x) {
-      if (index && (height % 2 || width % 2)) grad_x.zero_();
-      Tensor partial = rows(1, norm ? grad_input_partial_floats(s) : 0, x);
-      check(launch_grad_input(type, s, of_grad, by, index, more, fill(grad_x), of_x, by_gamma,
-                              fill(partial), fill(back_x), stream()));
-    }
-    if (want_weight) {
-      Tensor partial = rows(1, grad_weight_partial_floats(s), x);
-      check(launch_grad_weight(type, s, of_x, of_grad, fill(partial), by_last, fill(grad_weight),
-                               stream()));
-    }
-  } else {
-    conv_backward(s, of_grad, of_x, by, index, more, fill(grad_x), by_last, fill(grad_weight),
-                  by_gamma, fill(back_x));
-  }
+  if (CUDA && want_x && index && (height % 2 || width % 2)) grad_x.zero_();
+  RUN(conv_backward, s, of_grad, of_x, by, index, more, fill(grad_x), layout(weight) == NHWC,
+      fill(grad_weight), by_gamma, fill(back_x));
   return {grad_x, grad_weight, back_x};
 }
 

@@ -66,7 +66,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#define LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+#define LAUNCH(kernel, grid, block, stream, ...) \
+  kernel<<<grid, block, 0, cudaStream_t(stream)>>>(__VA_ARGS__)
 #endif
 
 namespace pool_conv {
@@ -76,7 +77,7 @@ constexpr int TILE = 8;              // outputs of a tile, in both directions
 constexpr int THREADS = 128;         // of a block of the convolution's kernels: four warps
 constexpr int GROUP = 9 * 16 * 16;   // weights whose gradient a warp sums
 constexpr int BLOCKS = 2 * 132;      // that do so: two for each multiprocessor of an H100
-constexpr int MOST_PARTS = PARTIAL_ROWS / 4;  // of a tensor's sums
+constexpr int MOST_PARTS = 256;      // of a tensor's sums
 
 template <typename T>
 struct alignas(4 * sizeof(T)) Four {
@@ -390,21 +391,33 @@ struct alignas(16) Weights {
 template <bool EXACT, bool FLIP, typename T, int KB>
 __device__ inline void stage_weights(const Shape& g, const T* __restrict__ weight, int c0, int k0,
                                      Weights<T, KB>& to) {
-  constexpr int QUADS = CB<T> / 4;
+  constexpr int OF_TAP = KB * CB<T> / 4, TAPS = OF_TAP < THREADS ? THREADS / OF_TAP : 1;
+  constexpr int ROUNDS = (9 + TAPS - 1) / TAPS;
   const int rows = FLIP ? g.c_in : g.c_out, columns = FLIP ? g.c_out : g.c_in;
-#pragma unroll 3
-  for (int at = threadIdx.x; at < 9 * KB * QUADS; at += THREADS) {
-    const int tap = at / (KB * QUADS);
-    const int c = FLIP ? at % CB<T> : at % QUADS * 4;
-    const int k = FLIP ? at / CB<T> % (KB / 4) * 4 : at / QUADS % KB;
+#pragma unroll 1
+  for (int thread = threadIdx.x; thread < TAPS * OF_TAP; thread += THREADS) {
+    const int first = thread / OF_TAP, quad = thread % OF_TAP;
+    const int c = FLIP ? quad % CB<T> : quad % (CB<T> / 4) * 4;
+    const int k = FLIP ? quad / CB<T> * 4 : quad / (CB<T> / 4);
     const int row = FLIP ? c0 + c : k0 + k, column = FLIP ? k0 + k : c0 + c;
-    Four<float> value = {};
-    if (row < rows && column < columns)
-      value = load4(weight + (int64_t(row) * 9 + (FLIP ? 8 - tap : tap)) * columns + column,
-                    columns - column, columns % 4 == 0);
-    for (int q = 0; q < 4; q++) value.v[q] = narrow<T, EXACT>(value.v[q]);
-    if (!FLIP) store4(&to.v[tap][k][c], value, 4, true);
-    for (int q = 0; FLIP && q < 4; q++) to.v[tap][k + q][c] = from_float<T>(value.v[q]);
+    const bool inside = row < rows && column < columns;
+    int at[ROUNDS];
+    Four<float> value[ROUNDS];
+#pragma unroll
+    for (int r = 0; r < ROUNDS; r++) {
+      const int tap = first + r * TAPS < 9 ? first + r * TAPS : 8;
+      at[r] = (FLIP ? 8 - tap : tap) * columns;
+    }
+    load4(weight + (inside ? int64_t(row) * 9 * columns + column : 0), at,
+          inside ? columns - column : 0, inside && columns % 4 == 0, value);
+#pragma unroll
+    for (int r = 0; r < ROUNDS; r++) {
+      const int tap = first + r * TAPS;
+      if (tap >= 9) continue;
+      for (int q = 0; q < 4; q++) value[r].v[q] = narrow<T, EXACT>(value[r].v[q]);
+      if (!FLIP) store4(&to.v[tap][k][c], value[r], 4, true);
+      for (int q = 0; FLIP && q < 4; q++) to.v[tap][k + q][c] = from_float<T>(value[r].v[q]);
+    }
   }
 }
 
@@ -793,11 +806,6 @@ __global__ void back_rows(int64_t parts, int channels, const float* partial, con
     write_back(sums[1], sums[2], sums[0], norm, gamma, blockIdx.x, channels, back);
 }
 
-const char* failure() {  // of the launches so far, or null
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 // Of grad_weight_partial: quadrants of a block, in both directions; its blocks for all weights
 int quadrants(const Shape& g) { return g.c_in > 16 && g.c_out > 16 ? 2 : 1; }
 dim3 weight_blocks(const Shape& g, int64_t shares) {
@@ -808,23 +816,23 @@ dim3 weight_blocks(const Shape& g, int64_t shares) {
 // they leave in memory is 10 MB at most, or as large as the weights.
 int64_t tiles_a_share(const Shape& g) {
   const dim3 blocks = weight_blocks(g, 1);
-  const int64_t shares = std::max<int64_t>(1, BLOCKS / std::max(1u, blocks.y * blocks.z));
+  const int64_t shares = std::max(1u, BLOCKS / (blocks.y * blocks.z));
   const int64_t share = (tile_count(g) + shares - 1) / shares;
-  return quadrants(g) == 1 ? share + share % 2 : share;  // which takes two at once
+  return quadrants(g) == 1 ? share + share % 2 : share;  // a block takes two at once
 }
 int64_t shares(const Shape& g) {
   const int64_t share = tiles_a_share(g);
   return share ? (tile_count(g) + share - 1) / share : 0;
 }
 
-// function(what a kernel is made for)
+// function(what the kernels are made for)
 template <typename Element, bool IS_EXACT>
 struct Kind {
   using T = Element;
   static constexpr bool EXACT = IS_EXACT;
 };
 template <typename F>
-void by_type(Type type, F function) {
+const char* by_type(Type type, F function) {
   if (type == FLOAT32)
     function(Kind<float, true>{});
   else if (type == TF32)
@@ -833,144 +841,138 @@ void by_type(Type type, F function) {
     function(Kind<__half, false>{});
   else
     function(Kind<__nv_bfloat16, false>{});
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 template <bool POOL, bool FLIP>
-void convolution(Type type, const Shape& g, const Source& x, const void* weight, void* y,
-                 void* pooled, uint8_t* argmax, const uint8_t* unpool, const Source& extra,
-                 const Source& before, float* partial, cudaStream_t stream) {
-  by_type(type, [&](auto kind) {
+const char* convolution(const Launch& on, const Shape& g, const Source& x, const void* weight,
+                        void* y, void* pooled, uint8_t* argmax, const uint8_t* unpool,
+                        const Source& extra, const Source& before, float* partial) {
+  return by_type(on.type, [&](auto kind) {
     using T = typename decltype(kind)::T;
     constexpr bool EXACT = decltype(kind)::EXACT;
-    const auto run = [&](auto kernel, int kb) {
-      LAUNCH(kernel, dim3((tile_count(g) + 64 / kb - 1) / (64 / kb), (g.c_out + kb - 1) / kb),
-             dim3(THREADS), stream, g, x, static_cast<const T*>(weight), static_cast<T*>(y),
-             static_cast<T*>(pooled), argmax, unpool, extra, before, partial);
-    };
-    if (g.c_out > 16)
-      run(conv_tiled<T, EXACT, 32, POOL, FLIP>, 32);
-    else
-      run(conv_tiled<T, EXACT, 16, POOL, FLIP>, 16);
+    const unsigned kb = g.c_out > 16 ? 32 : 16, tiles = 64 / kb;
+    const auto kernel =
+        kb == 32 ? conv_tiled<T, EXACT, 32, POOL, FLIP> : conv_tiled<T, EXACT, 16, POOL, FLIP>;
+    LAUNCH(kernel, dim3((tile_count(g) + tiles - 1) / tiles, (g.c_out + kb - 1) / kb),
+           dim3(THREADS), on.stream, g, x, static_cast<const T*>(weight), static_cast<T*>(y),
+           static_cast<T*>(pooled), argmax, unpool, extra, before, partial);
   });
 }
 
-void run_elementwise(Type type, int64_t pixels, int channels, const Source& from,
-                     const float* norm, const void* r, const float* norm_r, void* to,
-                     cudaStream_t stream) {
+const char* run_elementwise(const Launch& on, int64_t pixels, int channels, const Source& from,
+                            const float* norm, const void* r, const float* norm_r, void* to) {
+  if (!pixels) return nullptr;
   const Quads by(channels);
-  by_type(type, [&](auto kind) {
+  return by_type(on.type, [&](auto kind) {
     using T = typename decltype(kind)::T;
     LAUNCH(elementwise<T>, dim3((pixels + by.rows - 1) / by.rows, (channels + 1023) / 1024),
-           dim3(256), stream, pixels, channels, from, norm, static_cast<const T*>(r), norm_r,
+           dim3(256), on.stream, pixels, channels, from, norm, static_cast<const T*>(r), norm_r,
            static_cast<T*>(to));
   });
 }
 
-// Returns the number of parts
-int64_t run_column_sums(Type type, int64_t pixels, int channels, const Source& grad, const void* y,
-                        const float* norm, float* partial, cudaStream_t stream) {
+// finish(parts, their memory) turns what column_sums leaves into rows
+template <typename F>
+const char* run_column_sums(const Launch& on, int64_t pixels, int channels, const Source& grad,
+                            const void* y, const float* norm, F finish) {
+  if (!pixels) return nullptr;
   const int64_t share = (pixels + MOST_PARTS - 1) / MOST_PARTS;
   const int64_t parts = (pixels + share - 1) / share;
-  by_type(type, [&](auto kind) {
+  float* partial = on.scratch(4 * parts * channels);
+  return by_type(on.type, [&](auto kind) {
     using T = typename decltype(kind)::T;
-    LAUNCH(column_sums<T>, dim3(parts, (channels + 1023) / 1024), dim3(256), stream, pixels, share,
-           channels, grad, static_cast<const T*>(y), norm, partial);
+    LAUNCH(column_sums<T>, dim3(parts, (channels + 1023) / 1024), dim3(256), on.stream, pixels,
+           share, channels, grad, static_cast<const T*>(y), norm, partial);
+    finish(parts, partial);
   });
-  return parts;
 }
 
 }  // namespace
 
-int64_t forward_partial_floats(const Shape& g) { return 4 * tile_count(g) * g.c_out; }
-int64_t grad_input_partial_floats(const Shape& g) { return 4 * tile_count(g) * g.c_in; }
 int64_t grad_weight_partial_floats(const Shape& g) {
   const dim3 blocks = weight_blocks(g, shares(g));
   const int64_t groups = quadrants(g) * quadrants(g);
   return groups * blocks.x * blocks.y * blocks.z * GROUP;
 }
 
-const char* launch_forward(Type type, const Shape& g, const Source& x, const void* weight, void* y,
-                           void* pooled, uint8_t* argmax, const Affine& affine, float* partial,
-                           float* norm_y, void* stream) {
-  if (!g.batch || !g.c_out) return nullptr;
-  (argmax ? convolution<true, false> : convolution<false, false>)(
-      type, g, x, weight, y, pooled, argmax, nullptr, {}, {}, norm_y ? partial : nullptr,
-      cudaStream_t(stream));
+namespace cuda {
+
+const char* conv_forward(const Launch& on, const Shape& g, const Source& x, const void* weight,
+                         void* y, void* pooled, uint8_t* argmax, const Affine& affine,
+                         float* norm_y) {
+  if (!g.batch) return nullptr;
+  const int64_t parts = tile_count(g);
+  float* partial = norm_y ? on.scratch(4 * parts * g.c_out) : nullptr;
+  const char* failure = (argmax ? convolution<true, false> : convolution<false, false>)(
+      on, g, x, weight, y, pooled, argmax, nullptr, {}, {}, partial);
   if (norm_y)
-    LAUNCH(norm_rows, dim3(g.c_out), dim3(256), cudaStream_t(stream), tile_count(g), g.c_out,
-           partial, affine, norm_y);
-  return failure();
+    LAUNCH(norm_rows, dim3(g.c_out), dim3(256), on.stream, parts, g.c_out, partial, affine, norm_y);
+  return failure;
 }
 
-const char* launch_grad_input(Type type, const Shape& g, const Source& grad_y, const void* weight,
-                              const uint8_t* argmax, const Source& extra, void* grad_x,
-                              const Source& x, const float* gamma, float* partial, float* back_x,
-                              void* stream) {
-  if (!g.batch || !g.c_in) return nullptr;
-  Shape back = g;  // from grad_y to the gradient of the convolution's input
-  std::swap(back.c_in, back.c_out);
-  convolution<false, true>(type, back, grad_y, weight, grad_x, nullptr, nullptr, argmax, extra,
-                           back_x ? x : Source{}, back_x ? partial : nullptr,
-                           cudaStream_t(stream));
-  if (back_x)
-    LAUNCH(back_rows, dim3(g.c_in), dim3(256), cudaStream_t(stream), tile_count(g), g.c_in,
-           partial, x.norm, gamma, back_x);
-  return failure();
-}
-
-const char* launch_grad_weight(Type type, const Shape& g, const Source& x, const Source& grad_y,
-                               float* partial, bool nhwc, void* result, void* stream) {
-  if (!g.c_in || !g.c_out) return nullptr;
+const char* conv_backward(const Launch& on, const Shape& g, const Source& grad_y, const Source& x,
+                          const void* weight, const uint8_t* argmax, const Source& extra,
+                          void* grad_x, bool nhwc, void* grad_weight, const float* gamma,
+                          float* back_x) {
+  const char* failure = nullptr;
+  if (grad_x) {
+    Shape back = g;  // from grad_y to the gradient of the convolution's input
+    std::swap(back.c_in, back.c_out);
+    const int64_t parts = tile_count(g);
+    float* partial = back_x ? on.scratch(4 * parts * g.c_in) : nullptr;
+    failure = convolution<false, true>(on, back, grad_y, weight, grad_x, nullptr, nullptr, argmax,
+                                       extra, back_x ? x : Source{}, partial);
+    if (back_x)
+      LAUNCH(back_rows, dim3(g.c_in), dim3(256), on.stream, parts, g.c_in, partial, x.norm, gamma,
+             back_x);
+  }
+  if (failure || !grad_weight) return failure;
   const dim3 blocks = weight_blocks(g, shares(g));
   const unsigned by = quadrants(g);
-  by_type(type, [&](auto kind) {
+  float* partial = on.scratch(grad_weight_partial_floats(g));
+  return by_type(on.type, [&](auto kind) {
     using T = typename decltype(kind)::T;
     constexpr bool EXACT = decltype(kind)::EXACT;
     const auto kernel =
         by == 2 ? grad_weight_partial<T, EXACT, 2> : grad_weight_partial<T, EXACT, 1>;
     if (blocks.x)
-      LAUNCH(kernel, blocks, dim3(THREADS), cudaStream_t(stream), g, x, grad_y, tiles_a_share(g),
-             partial);
+      LAUNCH(kernel, blocks, dim3(THREADS), on.stream, g, x, grad_y, tiles_a_share(g), partial);
     LAUNCH(grad_weight_sum<T>, dim3(GROUP / 32, blocks.y * by, blocks.z * by), dim3(256),
-           cudaStream_t(stream), g, blocks.x, partial, nhwc, static_cast<T*>(result));
+           on.stream, g, blocks.x, partial, nhwc, static_cast<T*>(grad_weight));
   });
-  return failure();
 }
 
-const char* launch_moments(Type type, int64_t pixels, int channels, const void* y,
-                           const Affine& affine, float* partial, float* norm, void* stream) {
-  if (!pixels || !channels) return nullptr;
-  const int64_t parts =
-      run_column_sums(type, pixels, channels, {}, y, nullptr, partial, cudaStream_t(stream));
-  LAUNCH(norm_rows, dim3(channels), dim3(256), cudaStream_t(stream), parts, channels, partial,
-         affine, norm);
-  return failure();
+const char* moments(const Launch& on, int64_t pixels, int64_t channels, const void* y,
+                    const Affine& affine, float* norm) {
+  return run_column_sums(on, pixels, channels, {}, y, nullptr, [&](int64_t parts, float* partial) {
+    LAUNCH(norm_rows, dim3(channels), dim3(256), on.stream, parts, channels, partial, affine, norm);
+  });
 }
 
-const char* launch_finish(Type type, int64_t pixels, int channels, const void* y,
-                          const float* norm, const void* r, const float* norm_r, void* out,
-                          void* stream) {
-  if (!pixels || !channels) return nullptr;
-  run_elementwise(type, pixels, channels, {y}, norm, r, norm_r, out, cudaStream_t(stream));
-  return failure();
+const char* finish(const Launch& on, int64_t pixels, int64_t channels, const void* y,
+                   const float* norm, const void* r, const float* norm_r, void* out) {
+  return run_elementwise(on, pixels, channels, {y}, norm, r, norm_r, out);
 }
 
-const char* launch_finish_backward(Type type, int64_t pixels, int channels, const Source& grad,
-                                   const Normed& y, float* partial, void* stream) {
-  if (!pixels || !channels) return nullptr;
-  const int64_t parts =
-      run_column_sums(type, pixels, channels, grad, y.y, y.norm, partial, cudaStream_t(stream));
-  LAUNCH(back_rows, dim3(channels), dim3(256), cudaStream_t(stream), parts, channels, partial,
-         y.norm, y.gamma, y.back);
-  return failure();
+const char* finish_backward(const Launch& on, int64_t pixels, int64_t channels, const Source& grad,
+                            const Normed& y, const Normed* r) {
+  const auto sums = [&](const Normed& of) {
+    return run_column_sums(
+        on, pixels, channels, grad, of.y, of.norm, [&](int64_t parts, float* partial) {
+          LAUNCH(back_rows, dim3(channels), dim3(256), on.stream, parts, channels, partial, of.norm,
+                 of.gamma, of.back);
+        });
+  };
+  const char* failure = sums(y);
+  return failure || !r ? failure : sums(*r);
 }
 
-const char* launch_apply_backward(Type type, int64_t pixels, int channels, const Source& grad,
-                                  void* grad_y, void* stream) {
-  if (!pixels || !channels) return nullptr;
-  run_elementwise(type, pixels, channels, grad, nullptr, nullptr, nullptr, grad_y,
-                  cudaStream_t(stream));
-  return failure();
+const char* apply_backward(const Launch& on, int64_t pixels, int64_t channels, const Source& grad,
+                           void* grad_y) {
+  return run_elementwise(on, pixels, channels, grad, nullptr, nullptr, nullptr, grad_y);
 }
 
+}  // namespace cuda
 }  // namespace pool_conv

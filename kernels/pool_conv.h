@@ -2,6 +2,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <functional>
 
 #ifdef __CUDACC__
 #define EVERYWHERE __host__ __device__ inline
@@ -82,7 +83,16 @@ struct Source {
   const float* back = nullptr;
 };
 
-// --- CPU ---
+// A tensor to normalise, and where the rows of its way back go
+struct Normed {
+  const void* y;
+  const float *norm, *gamma;
+  float* back;
+};
+
+// --- on a CPU, float32 ---
+
+namespace cpu {
 
 // y = conv3x3(x), padding 1, or of x's max-pool if argmax is not null; then pooled receives that,
 // argmax 0..3 for each of its elements. weight: (c_out,c_in,3,3). norm_y: null or rows to fill
@@ -102,53 +112,48 @@ void moments(int64_t pixels, int64_t channels, const float* y, const Affine& aff
 void finish(int64_t pixels, int64_t channels, const float* y, const float* norm, const float* r,
             const float* norm_r, float* out);
 // The way back through `finish` to the rows of one or two normalisations
-struct Normed {
-  const float *y, *norm, *gamma;
-  float* back;
-};
 void finish_backward(int64_t pixels, int64_t channels, const Source& grad, const Normed& y,
                      const Normed* r);
 // grad_y of what `grad` describes
 void apply_backward(int64_t pixels, int64_t channels, const Source& grad, float* grad_y);
+
+}  // namespace cpu
 
 // --- CUDA ---
 
 // TF32: float32 tensors, whose convolutions may round what they multiply to TF32
 enum Type { FLOAT32, TF32, FLOAT16, BFLOAT16 };
 
-// Each launches on `stream` (a cudaStream_t) and returns CUDA's message if that failed, else null.
-// Weights are NHWC, too: (c_out,3,3,c_in). A tensor whose channels are a multiple of four begins at
-// a multiple of 16 bytes. partial: scratch, as many floats as the function named after the launch
-// says. `height` and `width` are also those of y.
+// Of which type the tensors are, the cudaStream_t to launch on, and whom to ask for memory of so
+// many floats, which is free again when the stream has come so far
+struct Launch {
+  Type type;
+  void* stream;
+  std::function<float*(int64_t)> scratch;
+};
 
-// argmax: null unless the layer max-pools an x without norm. norm_y: null, or y's rows to fill
-const char* launch_forward(Type type, const Shape& g, const Source& x, const void* weight, void* y,
-                           void* pooled, uint8_t* argmax, const Affine& affine, float* partial,
-                           float* norm_y, void* stream);
-int64_t forward_partial_floats(const Shape& g);  // with norm_y; else none
-// grad_x has the layer input's size; extra: null, or what of the gradient of `pooled` (of x,
-// without argmax) comes from elsewhere. With an odd x_height or x_width and argmax, grad_x must be
-// zeroed before. back_x: null, or rows to fill, for grad_x the gradient of the normalised x.
-const char* launch_grad_input(Type type, const Shape& g, const Source& grad_y, const void* weight,
-                              const uint8_t* argmax, const Source& extra, void* grad_x,
-                              const Source& x, const float* gamma, float* partial, float* back_x,
-                              void* stream);
-int64_t grad_input_partial_floats(const Shape& g);  // with back_x; else none
-// x: the convolution's input. result: (c_out,3,3,c_in) if nhwc, else (c_out,c_in,3,3)
-const char* launch_grad_weight(Type type, const Shape& g, const Source& x, const Source& grad_y,
-                               float* partial, bool nhwc, void* result, void* stream);
-int64_t grad_weight_partial_floats(const Shape& g);
+int64_t grad_weight_partial_floats(const Shape& g);  // scratch for the gradient of a weight
 
-// As the functions of these names above; partial: PARTIAL_ROWS * channels floats
-constexpr int PARTIAL_ROWS = 4 * 256;
-const char* launch_moments(Type type, int64_t pixels, int channels, const void* y,
-                           const Affine& affine, float* partial, float* norm, void* stream);
-const char* launch_finish(Type type, int64_t pixels, int channels, const void* y,
-                          const float* norm, const void* r, const float* norm_r, void* out,
-                          void* stream);
-const char* launch_finish_backward(Type type, int64_t pixels, int channels, const Source& grad,
-                                   const Normed& y, float* partial, void* stream);
-const char* launch_apply_backward(Type type, int64_t pixels, int channels, const Source& grad,
-                                  void* grad_y, void* stream);
+// The same functions. Each returns CUDA's message if a launch failed, else null. Weights are NHWC,
+// too: (c_out,3,3,c_in). A tensor whose channels are a multiple of four begins at a multiple of 16
+// bytes. With an odd x_height or x_width and argmax, grad_x must be zeroed before.
+namespace cuda {
 
+const char* conv_forward(const Launch& on, const Shape& g, const Source& x, const void* weight,
+                         void* y, void* pooled, uint8_t* argmax, const Affine& affine,
+                         float* norm_y);
+const char* conv_backward(const Launch& on, const Shape& g, const Source& grad_y, const Source& x,
+                          const void* weight, const uint8_t* argmax, const Source& extra,
+                          void* grad_x, bool nhwc, void* grad_weight, const float* gamma,
+                          float* back_x);
+const char* moments(const Launch& on, int64_t pixels, int64_t channels, const void* y,
+                    const Affine& affine, float* norm);
+const char* finish(const Launch& on, int64_t pixels, int64_t channels, const void* y,
+                   const float* norm, const void* r, const float* norm_r, void* out);
+const char* finish_backward(const Launch& on, int64_t pixels, int64_t channels, const Source& grad,
+                            const Normed& y, const Normed* r);
+const char* apply_backward(const Launch& on, int64_t pixels, int64_t channels, const Source& grad,
+                           void* grad_y);
+
+}  // namespace cuda
 }  // namespace pool_conv

@@ -620,6 +620,8 @@ void weight_transform_back(const Shape& s, const float* dU, bool nhwc, float* gr
 
 }  // namespace
 
+namespace cpu {
+
 void conv_forward(const Shape& s, const Source& in, const float* weight, float* y, float* pooled,
                   uint8_t* argmax, const Affine& affine, float* norm_y) {
   const Scratch U(36 * s.c_in * round_up(s.c_out, W));
@@ -755,8 +757,8 @@ void finish_backward(int64_t pixels, int64_t channels, const Source& grad, const
       loop([&](int64_t at) {
         const vec v = gradient(at);
         sum += v;
-        product += v * (load(y.y + from + at, left) - center);
-        if (r) product_r += v * (load(r->y + from + at, left) - center_r);
+        product += v * (load(floats(y.y) + from + at, left) - center);
+        if (r) product_r += v * (load(floats(r->y) + from + at, left) - center_r);
       });
       sums.add(t, c, sum, product);
       sums_r.add(t, c, sum, product_r);
@@ -775,4 +777,5 @@ void apply_backward(int64_t pixels, int64_t channels, const Source& g, float* gr
   });
 }
 
+}  // namespace cpu
 }  // namespace pool_conv

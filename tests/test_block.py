@@ -113,6 +113,32 @@ def test_block_against_float64(ops, monkeypatch, case):
         assert distance(block.eval()(x, case[5]), exact) < 2e-6
 
 
+@pytest.mark.parametrize("ops", ["emulated"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_block_of_fewer_bits_on_a_gpu(ops, monkeypatch, dtype):
+    """By the CUDA kernels' source in TF32 and under autocast, against the modules in half types."""
+    monkeypatch.setattr(kernels.block, "allows_tf32", lambda: True)
+    monkeypatch.setattr(kernels.block, "_has_type", lambda x: True)
+    case = CASES[3]
+    block, x, grad = make_case(*case)
+    block.to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        results = train(block, block, x, grad, case[5])
+        assert "BasicBlock" in results[0].grad_fn.name() and results[0].dtype == dtype
+        assert all(one.dtype == torch.float32 for one in results[1:len(list(block.parameters()))])
+        weight = block.conv1.weight
+        assert weight.grad.stride() == weight.stride()
+        block.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):  # which has as many bits as TF32, less three
+        native = train(block, block.native, x, grad, case[5])
+    block.zero_grad()
+    allowed = {torch.float32: 0.3, torch.float16: 0.5, torch.bfloat16: 1.5}[dtype]
+    expected = in_float64(block, x, grad, case[5])
+    for one, other, exact in zip(results, native, expected, strict=True):
+        assert distance(one, exact) < allowed * distance(other, exact) + 1e-6
+    assert distance(results[0], expected[0]) > 1e-5
+
+
 def make_stem(full):
     """As a chain of torch's modules, and its fused forward pass."""
     conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)

@@ -516,6 +516,19 @@ def test_cuda_kernels_against_float64(ops, monkeypatch, downsample, dtype, tf32,
             assert distance(one, exact) <= tolerance
 
 
+def test_torchs_precision_of_convolutions_decides(monkeypatch):
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        for precision, override, expected in (("tf32", "", True), ("ieee", "", False),
+                                              ("tf32", "0", False)):
+            conv.fp32_precision = precision
+            monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
+            assert kernels.allows_tf32() == expected
+    finally:
+        conv.fp32_precision = before
+
+
 def test_scratch_memory_of_a_weight_gradient_stays_small():
     build_emulation()
     megabytes = [torch.ops.emulated.scratch(channels, 8192, 8) * 4 / 2 ** 20
