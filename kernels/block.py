@@ -77,8 +77,8 @@ def _cast(tensor: torch.Tensor) -> torch.Tensor:
 
 def _can_fuse(x: torch.Tensor, convs: list[Module], norms: list[Module],
               shortcut: Module | None = None, downsample: str = "none") -> bool:
-    """Whether a block or a stem is fused; this is decided nowhere else. It is where the kernels
-    compute what the modules compute, and nobody waits for a module to be called."""
+    """Whether a block or a stem is fused; this is decided nowhere else. It is fused if the kernels
+    compute what its modules compute, and nobody waits for one of these to be called."""
     if torch.compiler.is_compiling() or downsample == "stride":  # not traceable; no such kernel
         return False
     sizes = [3] * len(convs)

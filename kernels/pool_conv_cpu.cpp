@@ -3,8 +3,8 @@
 //
 //   y = A^T [ sum_c (G w G^T) * (B^T x B) ] A        for every tile of 4x4 outputs, 6x6 inputs
 //
-// This takes 36 multiplications a tile instead of 144. A thread works on a fixed range of images, so
-// that results do not depend on timing, and on a few images at a time, so that everything it
+// This takes 36 multiplications a tile instead of 144. A thread works on a fixed range of images,
+// so that results do not depend on timing, and on a few images at a time, so that everything it
 // computes from them stays in its L2 cache. Forward it computes
 //   1. the convolution's input: x itself, its max-pool, or relu(normalised x)
 //   2. for each block of tiles: V[36][tile][c] = B^T x B, with the channels as vectors,
