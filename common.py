@@ -24,8 +24,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
-import weakref
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -161,6 +161,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--batch-size", type=in_range(int, 2, 10 ** 6), help="images of a training step")
     add("--momentum", type=in_range(float, 0, 1), default=0.9, help="of SGD")
     add("--weight-decay", type=in_range(float, 0), help="of SGD")
+    add("--amp", choices=["off", "bf16"], default="off",
+        help="autocast of the network; scores and statistics keep full precision")
 
     add = parser.add_argument_group("run").add_argument
     add("--out", type=os.path.expanduser, help="run folder; runs/<stage>-<dataset> unless given")
@@ -171,8 +173,6 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         help="cpu, cuda (ranks take the GPUs in turn), cuda:1")
     add("--kernel", choices=["auto", "fused", "native"], default="auto",
         help="kernels/, or torch's native ops; auto: the faster one, measured as a run starts")
-    add("--amp", choices=["off", "bf16"], default="off",
-        help="autocast of the network; scores and statistics keep full precision")
     add("--threads", type=in_range(int, 1, 1024), default=torch.get_num_threads(),
         help="of the CPU, for each process")
     return parser
@@ -433,12 +433,11 @@ CROPS = {"pad": (draw_pad_crops, pad_crop), "resized": (draw_resized_crops, resi
 
 
 def load_dataset(args: Namespace) -> tuple[Images, Images]:
-    """(train, test) of --dataset on --device, cut to --num-train, resampled to --image-size."""
-    arrays = read_digits() if args.dataset == "digits" else read_arrays(args)
+    """(train, test) of --dataset on --device, cut to --num-train, at --image-size; without it,
+    pictures in folders become 32x32 and all others keep their size. UserError if a folder or file
+    is not what it should be."""
+    arrays = read_dataset(args, args.image_size or 32)
     if "test_images" not in arrays:
-        if not args.test_fraction:
-            raise UserError(f"{args.dataset} has no test set (test/ or val/ of a folder, "
-                            "test_images of a file): --test-fraction 0.2 splits one off")
         arrays = split_test(arrays, args.test_fraction)
     elif args.test_fraction:
         raise UserError(f"--test-fraction: {args.dataset} has a test set of its own")
@@ -450,67 +449,32 @@ def load_dataset(args: Namespace) -> tuple[Images, Images]:
         chosen, _ = stratified_split(labels, args.num_train, seed, arrays["classes"])
         for name in ("train_images", "train_labels"):
             arrays[name] = arrays[name][chosen]
-    if args.image_size:
-        for name in ("train_images", "test_images"):
-            arrays[name] = resample(arrays[name], args.image_size)
-    return make_images(arrays, protocol(args.dataset, args.arch), args.device)
+    size = args.image_size or arrays["train_images"].shape[1]
+    for name in ("train_images", "test_images"):
+        arrays[name] = resample(arrays[name], size)
+    return make_images(arrays, args.flip, protocol(args.dataset, args.arch)["crop"], args.device)
 
 
-def read_arrays(args: Namespace) -> Arrays:
-    """The images of --dataset, from its cache or to be cached: train_images, uint8 (N,H,H,3),
-    train_labels, int64 (N,), classes, their names, and maybe test_images and test_labels."""
+def read_dataset(args: Namespace, picture_size: int) -> Arrays:
+    """The images of --dataset, uint8 (N,H,H,3), their labels, int64 (N,), 0..K-1, and the names of
+    the K classes. Without test images if --test-fraction is to split them off.
+    picture_size: H of the images that are files, each."""
     name = args.dataset
     data_dir = Path(args.data_dir)
-    size = args.image_size
-    path = Path(name)
+    npz = Path(name) if name.endswith(".npz") else data_dir / f"{name}.npz"
+    if name == "digits":
+        return read_digits()
+    if name not in DATASET_PROTOCOLS and os.path.isdir(name):
+        return read_pictures(Path(name), *list_folder(args), picture_size, data_dir / "cache")
+    if npz.is_file():
+        return read_npz(args, npz)
+    if name == "food101":
+        files = list_food101(data_dir)
+        return read_pictures(data_dir / "food-101", *files, picture_size, data_dir / "cache")
     if name in DATASET_PROTOCOLS:
-        key = f"{name}-{size}" if name == "food101" else name
-        size = size if name == "food101" else 32
-        open_parts = partial(open_torchvision, name, data_dir)
-    elif path.is_dir():
-        size = size or 32
-        try:
-            listing = list_images(path)
-        except OSError as error:
-            raise UserError(f"cannot read {name}: {error}") from error
-        key = cache_name(path, listing, size)
-        open_parts = partial(open_folder, path, listing)
-    elif path.suffix == ".npz" and path.is_file():
-        state = path.stat()
-        key = cache_name(path, (state.st_size, state.st_mtime_ns), size)
-        open_parts = partial(open_npz, path)
-    else:
-        raise UserError(f"unknown data set {name!r}: choose {', '.join(DATASET_PROTOCOLS)}, or "
-                        "give a folder of images, or an .npz file")
-
-    places = [data_dir, Path("~/.cache/cnn-pooling").expanduser()]
-    if args.cache_dir:
-        places = [Path(args.cache_dir)]
-    for place in (*places, data_dir):  # reading needs no right to write
-        if (place / key).exists():
-            return read_cache(place / key)
-    for place in places:
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            locked = contextlib.nullcontext()
-        except OSError as error:
-            refusal = error
-            continue
-        with locked:
-            if not (place / key).exists():
-                parts, classes = open_parts()
-                if len(classes) < 2 or not all(map(len, parts.values())):
-                    raise UserError(f"{name}: images of two or more classes are needed, found "
-                                    f"{', '.join(classes) or 'none'}")
-                write_cache(place / key, parts, classes, size)
-        return read_cache(place / key)
-    raise UserError(f"no cache can be written ({refusal}): give another --cache-dir")
-
-
-def cache_name(path: Path, content: Sequence, size: int | None) -> str:
-    """Of the cache of a user's images: other `content` has another name."""
-    digest = hashlib.sha256(repr(content).encode()).hexdigest()
-    return f"{path.resolve().name[:80]}-{digest[:8]}-{size}"
+        return read_torchvision(name, data_dir)
+    raise UserError(f"unknown data set {name!r}: choose {', '.join(DATASET_PROTOCOLS)}, or give a "
+                    f"folder of images, an .npz file or the name of one in {data_dir}/")
 
 
 def read_digits() -> Arrays:
@@ -524,235 +488,335 @@ def read_digits() -> Arrays:
     return split_test({"train_images": images, "train_labels": labels, "classes": classes}, 0.2)
 
 
-# pairs (image, label) by part, "train" and maybe "test", the image one of PIL's, an array or a
-# path; and the names of the classes
-Parts = tuple[dict[str, Sequence], list[str]]
-
-
-def open_torchvision(name: str, data_dir: Path) -> Parts:
-    """A data set of torchvision's, downloaded into `data_dir` unless its files are there."""
-    from torchvision import datasets, transforms
-    sources = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100,
-               "fashion-mnist": partial(datasets.FashionMNIST, transform=transforms.Pad(2)),
-               "food101": datasets.Food101}  # Pad: 28x28, a border of 0
-    parts = {}
+def download(name: str, data_dir: Path) -> list:
+    """torchvision's training and test set of this name, downloaded unless the files are there."""
     try:
-        for part in ("train", "test"):
-            which = {"split": part} if name == "food101" else {"train": part == "train"}
-            parts[part] = sources[name](data_dir, download=True, **which)
-    except Exception as error:  # network, archive, checksum: the advice is the same
-        raise UserError(f"cannot download {name} ({str(error) or type(error).__name__}): put its "
-                        f"official files into {data_dir}, as torchvision keeps them") from error
-    return parts, parts["train"].classes
+        from torchvision import datasets
+        kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100,
+                "fashion-mnist": datasets.FashionMNIST, "food101": datasets.Food101}[name]
+        parts = ("train", "test") if name == "food101" else (True, False)
+        return [kind(data_dir, part, download=True) for part in parts]
+    except Exception as error:  # no torchvision, network, archive, checksum
+        reason = str(error).strip() or type(error).__name__
+        raise UserError(f"cannot load {name} with torchvision ({reason[:80]}): put its official "
+                        f"files into {data_dir}/, as torchvision keeps them") from error
 
 
-def parts_of(arrays: Arrays) -> tuple[str, ...]:
-    """The parts whose images and labels are there."""
-    return ("train", "test") if "test_images" in arrays else ("train",)
+def read_torchvision(name: str, data_dir: Path) -> Arrays:
+    """CIFAR, or Fashion-MNIST with a border of zeros: 32x32."""
+    arrays = {}
+    for part, source in zip(("train", "test"), download(name, data_dir)):
+        images = np.asarray(source.data)
+        if name == "fashion-mnist":
+            images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
+        arrays[f"{part}_images"] = centre_squares(images)
+        arrays[f"{part}_labels"] = np.array(source.targets, np.int64)
+        arrays["classes"] = np.array(source.classes)
+    return arrays
 
 
-def open_npz(path: Path) -> Parts:
-    """A file as MedMNIST ships them; `check_arrays` says what it may hold."""
-    parts = {}
-    try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file if name.startswith(("train_", "test_"))}
-        classes = check_arrays(arrays)
-        for part in parts_of(arrays):
-            images = arrays[f"{part}_images"]
-            images = images.squeeze(3) if images.shape[3:] == (1,) else images
-            labels = np.searchsorted(classes, arrays[f"{part}_labels"].ravel())
-            parts[part] = list(zip(images, labels.tolist()))
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file raises many kinds
-        raise UserError(f"cannot use {path}, with arrays train_images, train_labels, test_images, "
-                        f"test_labels: {error}") from error
-    return parts, list(map(str, classes))
+def centre_squares(images: np.ndarray) -> np.ndarray:
+    """uint8 (N,H,W), (N,H,W,1) or (N,H,W,3) -> uint8 (N,S,S,3), where S is the smaller side."""
+    count, height, width = images.shape[:3]
+    side = min(height, width)
+    top = (height - side) // 2
+    left = (width - side) // 2
+    images = images.reshape(count, height, width, -1)[:, top:top + side, left:left + side]
+    if images.shape[3] == 1:
+        return images.repeat(3, 3)
+    return np.ascontiguousarray(images)
 
 
-def check_arrays(arrays: Arrays) -> np.ndarray:
-    """The training labels that occur, sorted. ValueError unless train_images and, if they are
-    there, test_images are uint8 (N,H,W), (N,H,W,1) or (N,H,W,3) and their labels are integers,
-    (N,) or (N,1), those of the test images among the others."""
-    classes = np.unique(arrays["train_labels"])
-    for part in parts_of(arrays):
-        images = arrays[f"{part}_images"]
-        labels = arrays[f"{part}_labels"]
-        if images.dtype != np.uint8 or images.ndim < 3 or images.shape[3:] not in ((), (1,), (3,)):
-            raise ValueError(f"{part}_images: {images.dtype} {images.shape}, not uint8 "
-                             "(N,H,W), (N,H,W,1) or (N,H,W,3)")
-        if labels.dtype.kind not in "iu" or labels.size != len(images):
-            raise ValueError(f"{part}_labels: {labels.dtype} {labels.shape}, not one integer each")
-        if not np.isin(labels, classes).all():
-            raise ValueError(f"{part}_labels: one is no training image's")
-    return classes
-
-
-def list_folders(folder: Path) -> list[Path]:
-    """The folders in a folder that are not hidden."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-
-
-def list_files(folder: Path) -> Iterator[Path]:
-    """All files below a folder, through links, but for those that lead back up."""
-    for path in sorted(folder.iterdir()):
-        if not path.is_dir():
-            yield path
-        elif not folder.resolve().is_relative_to(path.resolve()):
-            yield from list_files(path)
-
-
-def list_images(root: Path) -> list[tuple]:
-    """All images of a folder: (part, class, path in `root`, size, time). They lie in train/<class>/
-    and test/<class>/ or val/<class>/ (names may go on) or, without train/, in <class>/. Prints
-    what it leaves out. UserError if it cannot tell."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-    listing = []
-    left_out = Counter()
-    folders = [folder for folder in list_folders(root) if list_folders(folder)]
-    train, test, val = ([folder for folder in folders if folder.name.lower().startswith(name)]
-                        for name in ("train", "test", "val"))
-    parts = {"train": train, "test": test or val} if train else {"train": [root]}
-    for part, bases in parts.items():
-        if len(bases) > 1:
-            names = " or ".join(base.name for base in bases)
-            raise UserError(f"{root}: which are the {part} images, {names}?")
-        for label in list_folders(bases[0]) if bases else ():
-            before = len(listing)
-            for path in list_files(label):
-                if any(name[0] == "." for name in path.relative_to(label).parts):
-                    left_out["hidden"] += 1
-                elif path.suffix.lower() not in IMG_EXTENSIONS:
-                    left_out[f"*{path.suffix}"] += 1
-                elif not path.is_file():
-                    left_out["that lead to no file"] += 1
-                else:
-                    state = path.stat()
-                    name = str(path.relative_to(root))
-                    listing.append((part, label.name, name, state.st_size, state.st_mtime_ns))
-            if len(listing) == before:
-                left_out[f"{label.relative_to(root)}/ without an image"] += 1
-    for folder in list_folders(root) if train else ():
-        if [folder] not in parts.values():
-            left_out[f"{folder.name}/"] += 1
-    if left_out:
-        counts = ", ".join(f"{count} {kind}" for kind, count in left_out.items())
-        print(f"left out of {root}: {counts}", flush=True)
-    return listing
-
-
-def open_folder(root: Path, listing: list[tuple]) -> Parts:
-    """The images that `list_images` found. UserError if the parts have other classes."""
-    parts = {part: [] for part, *_ in listing}
-    train, test = ({row[1] for row in listing if row[0] == part} for part in ("train", "test"))
-    if test and test != train:
-        raise UserError(f"{root}: only among the training images: {', '.join(sorted(train - test))}"
-                        f"; only among the others: {', '.join(sorted(test - train))}")
-    classes = sorted(train)
-    for part, name, path, *_ in listing:
-        parts[part].append((root / path, classes.index(name)))
-    return parts, classes
-
-
-def open_image(path: str | Path):
-    """The image as a viewer shows it, PIL's in RGB: turned as EXIF says, on white where it is
-    transparent, 16 bits as 8. UserError naming the file and what is in it."""
-    from PIL import Image, ImageOps
-    kind = None
-    try:
-        # a file, not its path: Pillow would map a TIFF with the sides that it has when turned
-        with open(path, "rb") as file, Image.open(file) as image:
-            kind = image.format
-            if kind not in ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP"):
-                raise ValueError("a format that is not read")  # some would start a program
-            image.load()  # turns a TIFF itself, and removes its tag
-            orientation = image.getexif().get(0x0112)
-            if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
-                pixels = np.asarray(image.convert("I")) >> 8
-                if kind == "TIFF" and image.tag_v2.get(262) == 0:  # white is 0
-                    pixels = 255 - pixels
-                image = Image.fromarray(pixels.astype(np.uint8))
-            if image.mode in ("I", "F"):
-                raise ValueError("32 bits a pixel: the range is unknown")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-            image.info.clear()  # Pillow turns no image with another tag that is broken
-            image.getexif()[0x0112] = orientation
-            return ImageOps.exif_transpose(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file raises many kinds
-        raise UserError(f"{path} ({kind or 'no image'}: {error})") from error
-
-
-def square(image, size: int) -> np.ndarray:
-    """The centre square of an image, a path, an array or one of PIL's: uint8 (size,size,3)."""
-    from PIL import Image, ImageOps
-    if isinstance(image, (str, Path)):
-        image = open_image(image)
-    elif isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BOX))
-
-
-def write_cache(cache: Path, parts: dict, classes: list[str], size: int | None) -> None:
-    """The folder `cache`, of *.npy, which appears when it is complete. size: None for that of the
-    first image, an array. UserError naming images that cannot be read."""
-    size = size or min(parts["train"][0][0].shape[:2])
-    temporary = cache.with_name(f"tmp-{cache.name}")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed run
-    temporary.mkdir()
-    unreadable = []
-
-    def read(pairs: Sequence, images: np.ndarray, labels: np.ndarray, i: int) -> None:
-        image, labels[i] = pairs[i]
-        try:
-            images[i] = square(image, size)
-        except UserError as error:
-            unreadable.append(str(error))
-
-    for part, pairs in parts.items():
-        shape = (len(pairs), size, size, 3)
-        if math.prod(shape) > shutil.disk_usage(temporary).free:  # a full disk would be SIGBUS
-            raise OSError(f"{math.prod(shape) / 2 ** 30:.1f} GiB of images do not fit the disk")
-        images = np.lib.format.open_memmap(temporary / f"{part}_images.npy", "w+", np.uint8, shape)
-        labels = np.empty(len(pairs), np.int64)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            reads = pool.map(partial(read, pairs, images, labels), range(len(pairs)))
-            list(progress(reads, f"reading {part}", total=len(pairs)))
-        images.flush()
-        np.save(temporary / f"{part}_labels.npy", labels)
-    np.save(temporary / "classes.npy", np.array(classes))
-    if unreadable:
-        shutil.rmtree(temporary)
-        raise UserError(f"mend or remove the files that cannot be read, {len(unreadable)}, of "
-                        f"which at most 20 here: {'; '.join(sorted(unreadable)[:20])}")
-    os.rename(temporary, cache)
-
-
-def read_cache(cache: Path) -> Arrays:
-    """The arrays of a cache, memory-mapped if they take more than 4 GiB."""
+def read_npz(args: Namespace, path: Path) -> Arrays:
+    """A file as MedMNIST ships them: train_images, uint8, (N,H,W), (N,H,W,1) or (N,H,W,3), and
+    train_labels, integers, (N,) or (N,1); test_images and test_labels, or val_*, are alike."""
     arrays = {}
     try:
-        for path in cache.glob("*.npy"):
-            array = np.load(path, mmap_mode="c")  # torch warns of what is read-only
-            arrays[path.stem] = array if array.nbytes > 2 ** 32 else np.array(array)
-        classes = check_arrays(arrays)
-        size = arrays["train_images"].shape[1]
-        for part in parts_of(arrays):
-            if arrays[f"{part}_images"].shape[1:] != (size, size, 3):
-                raise ValueError(f"{part}_images are not squares of one size, of three channels")
-            arrays[f"{part}_labels"] = arrays[f"{part}_labels"].ravel().astype(np.int64)
-        if classes.tolist() != list(range(len(classes))):
-            raise ValueError("train_labels: not 0..K-1")
-        return {"classes": classes.astype(str)} | arrays
-    except (OSError, MemoryError) as error:
-        raise UserError(f"cannot read {cache}: {error}") from error
+        with open(path, "rb") as file:
+            content = np.load(file)
+            labels = {part: content[f"{part}_labels"] for part in ("train", "test", "val")
+                      if part == "train" or f"{part}_labels" in content}
+            for part, values in labels.items():
+                if values.dtype.kind not in "iu" or values.size != len(values):
+                    raise ValueError(f"{part}_labels: {values.dtype} {values.shape}, not one "
+                                     "integer each")
+            found = {part: set(values.ravel().tolist()) for part, values in labels.items()}
+            classes = sorted(found.pop("train"))
+            if len(classes) < 2:
+                raise ValueError(f"two or more classes are needed, train_labels has {classes}")
+            arrays["classes"] = np.array(classes).astype(str)
+            for part, source in (("train", "train"), ("test", choose_test(args, classes, found))):
+                if source is None:
+                    continue
+                images = content[f"{source}_images"]
+                if images.dtype != np.uint8 or images.shape[3:] not in ((), (1,), (3,)) \
+                        or images.ndim < 3 or len(images) != len(labels[source]):
+                    raise ValueError(f"{source}_images: {images.dtype} {images.shape}, not uint8 "
+                                     f"(N,H,W), (N,H,W,1) or (N,H,W,3), N = {len(labels[source])}")
+                arrays[f"{part}_images"] = centre_squares(images)
+                arrays[f"{part}_labels"] = np.searchsorted(classes, labels[source].ravel())
+    except (UserError, MemoryError):
+        raise
     except Exception as error:  # a damaged file raises many kinds
-        raise UserError(f"{cache} is not a usable cache ({error}): delete it") from error
+        raise UserError(f"cannot use {path} ({str(error)[:120]}): expected arrays train_images, "
+                        "train_labels, test_images, test_labels") from error
+    return arrays
+
+
+def choose_test(args: Namespace, classes: Iterable, others: dict[str, set]) -> str | None:
+    """Which of the other parts is the test set. others: their names, in order of preference, and
+    the classes of each. It is the one with the most of the training images' `classes`, the first of
+    equals, and has no other class. None if there is none and --test-fraction is to split one off;
+    UserError if there is none without it."""
+    fitting = [name for name, found in others.items() if found and found <= set(classes)]
+    unlike = [f"{name} has the class {min(found - set(classes))}" if found else
+              f"{name} has no classes" for name, found in others.items() if name not in fitting]
+    if not fitting and not args.test_fraction:
+        raise UserError(f"{args.dataset} has no test set, which is a part named test or val with "
+                        f"the classes of the training images ({brief(unlike) or 'there is none'}): "
+                        "--test-fraction 0.2 splits one off")
+    test = max(fitting, key=lambda name: len(others[name]), default=None)
+    if fitting and unlike:
+        print(f"the test images are those of {test}: {brief(unlike)}", flush=True)
+    return test
+
+
+def brief(names: Iterable[str], width: int = 100) -> str:
+    """The first names, as many as fit in the width, for a message."""
+    return textwrap.shorten(", ".join(names), width, placeholder=" ...")
+
+
+# folders that systems make begin so: NAS thumbnails, recycle bins, __MACOSX, notebooks' copies
+SYSTEM_FOLDERS = (".", "@", "#", "$", "__", "lost+found")
+# names that no class may have, since they are those of parts
+PART_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # others may start a program
+Labelled = list[tuple[Path, str]]  # image files and their classes
+
+
+def list_images(folder: Path, left_out: Counter, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """All image files below a folder, sorted by name, through links but for those that lead back
+    up. Counts in `left_out` what else there is, by kind."""
+    above = (*above, folder.resolve())
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    for entry in entries:
+        path = folder / entry.name
+        if entry.is_dir():
+            if entry.name.startswith(SYSTEM_FOLDERS):
+                left_out[f"{entry.name}/"] += 1
+            elif any(parent.is_relative_to(path.resolve()) for parent in above):
+                left_out["links that lead back up"] += 1
+            else:
+                yield from list_images(path, left_out, above)
+        elif entry.name.startswith("."):
+            left_out["hidden"] += 1
+        elif not entry.name.lower().endswith(EXTENSIONS):
+            left_out[f"*{path.suffix}"] += 1
+        elif not entry.is_file():
+            left_out["links that lead to no file"] += 1
+        else:
+            yield path
+    if not entries:
+        left_out["empty folders"] += 1
+
+
+def list_folder(args: Namespace) -> tuple[Labelled, Labelled]:
+    """The training and test images of the folder --dataset, the latter none if --test-fraction is
+    to split them off. They lie in train/<class>/ and in test/<class>/ or val/<class>/, whose names
+    may go on, or all in <class>/. Prints what is left out. UserError for any other layout."""
+    root = Path(args.dataset)
+    left_out = Counter()
+    try:
+        files = [path.relative_to(root).parts for path in list_images(root, left_out)]
+    except OSError as error:
+        raise UserError(f"cannot read {args.dataset}: {error}") from error
+    counts = Counter(file[0] if len(file) > 1 else "." for file in files)
+    tree = {name: set() for name in counts if name != "."}  # folders, and the folders in them
+    for file in files:
+        if len(file) > 2:
+            tree[file[0]].add(file[1])
+    parts = [name for word in ("train", "test", "val") for name in tree
+             if name.lower().startswith(word)]
+    trains = [name for name in parts if name.lower().startswith("train") and tree[name]]
+    others = [name for name in parts if not name.lower().startswith("train") and trains]
+    named_as_parts = [name for name in parts if name.lower() in PART_NAMES]
+
+    def select(*folder: str) -> Labelled:
+        """The images in the class folders of a folder."""
+        depth = len(folder)
+        return [(root.joinpath(*file), file[depth]) for file in files
+                if file[:depth] == folder and len(file) > depth + 1]
+
+    train = select(*trains)
+    classes = {name for _, name in train}
+    problem = None
+    if len(trains) > 1:
+        problem = f"which are the training images, {brief(trains)}?"
+    elif trains and not others and len(tree) > len(parts):
+        problem = f"is {trains[0]}/ a class, or does it hold the classes?"
+    elif not trains and (named_as_parts or len(parts) == len(tree) > 0):
+        problem = f"{(named_as_parts or parts)[0]}/ is a part, no class, but train/<class>/ is empty."
+    elif len(classes) < 2:
+        problem = "two classes or more are needed."
+    if problem:
+        found = [f"{name}/ ({count} images in {len(tree.get(name, ())) or 'no'} folders)"
+                 for name, count in counts.items()]
+        raise UserError(f"{args.dataset}: {problem} Expected train/<class>/ and test/<class>/ or "
+                        f"val/<class>/, or only <class>/; found {brief(found) or 'no image'}")
+
+    test = choose_test(args, classes, {name: tree[name] for name in others})
+    test = [] if test is None else select(test)
+    used = {path for path, _ in train + test}
+    for file in files:
+        if root.joinpath(*file) not in used:
+            left_out[f"images in {file[0] if len(file) > 1 else '.'}/"] += 1
+    if left_out:
+        kinds = [f"{count} {kind}" for kind, count in left_out.items()]
+        print(f"left out of {args.dataset}: {brief(kinds, 200)}", flush=True)
+    return train, test
+
+
+def list_food101(data_dir: Path) -> tuple[Labelled, Labelled]:
+    """The training and test images of Food-101, downloaded unless they are there."""
+    download("food101", data_dir)
+    folder = data_dir / "food-101"
+    parts = []
+    for part in ("train", "test"):
+        names = json.loads((folder / f"meta/{part}.json").read_text())
+        parts.append([(folder / f"images/{name}.jpg", label)
+                      for label, of_label in names.items() for name in of_label])
+    return tuple(parts)
+
+
+def read_pictures(root: Path, train: Labelled, test: Labelled, size: int, caches: Path) -> Arrays:
+    """Image files below `root` as arrays, which stay on the disk if they take more than 4 GiB. They
+    are read once and kept in the folder `caches` in a file whose name changes with the files."""
+    paths = [path for path, _ in train + test]
+    try:
+        states = [(str(path.relative_to(root)), path.stat()) for path in paths]
+    except OSError as error:
+        raise UserError(f"cannot read {root}: {error}") from error
+    content = [size, *((name, state.st_size, state.st_mtime_ns) for name, state in states)]
+    digest = hashlib.sha256(repr(content).encode()).hexdigest()
+    images = read_squares(paths, size, caches / f"{root.resolve().name[:80]}-{digest[:16]}.npy")
+    classes = sorted({name for _, name in train})
+    arrays = {"classes": np.array(classes)}
+    parts = {"train": (train, images[:len(train)]), "test": (test, images[len(train):])}
+    for part, (pairs, pixels) in parts.items():
+        if pairs:
+            large = pixels.nbytes > 2 ** 32
+            arrays[f"{part}_images"] = pixels if large else np.array(pixels)
+            arrays[f"{part}_labels"] = np.array([classes.index(name) for _, name in pairs])
+    return arrays
+
+
+def read_squares(paths: list[Path], size: int, cache: Path) -> np.ndarray:
+    """The images as uint8 (N,size,size,3), memory-mapped from `cache`, which is written unless it
+    is there; in memory if it cannot be. UserError naming the images that cannot be read."""
+    shape = (len(paths), size, size, 3)
+    try:
+        if not os.path.exists(cache):
+            write_cache(cache, paths, size)
+        images = np.load(cache, mmap_mode="c")  # torch warns of arrays that are read-only
+    except OSError as error:
+        print(f"the images stay in memory, without a cache ({error})", flush=True)
+        images = np.empty(shape, np.uint8)
+        for i, image in enumerate(decode(paths, size)):
+            images[i] = image
+    except (ValueError, EOFError) as error:
+        raise UserError(f"the cache {cache} is damaged ({error}): delete it") from error
+    if (images.shape, images.dtype) != (shape, np.uint8):
+        raise UserError(f"the cache {cache} is damaged: delete it")
+    return images
+
+
+def write_cache(cache: Path, paths: list[Path], size: int) -> None:
+    """All images as one .npy file, which appears when it is complete. Of several processes that
+    write it at the same time the last one's stays: all are equal."""
+    shape = (len(paths), size, size, 3)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    if math.prod(shape) > shutil.disk_usage(cache.parent).free:
+        raise OSError(f"{math.prod(shape) / 2 ** 30:.1f} GiB do not fit the disk")
+    temporary = cache.with_name(f"tmp-{os.getpid()}-{cache.name}")
+    try:
+        with open(temporary, "wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for image in decode(paths, size):
+                file.write(image.tobytes())
+        os.replace(temporary, cache)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def decode(paths: list[Path], size: int) -> Iterator[np.ndarray]:
+    """The centre square of each image, uint8 (size,size,3). After the last one UserError naming
+    those that could not be read."""
+    unreadable = []
+
+    def read(path: Path) -> np.ndarray:
+        try:
+            return centre_square(open_image(path), size)
+        except UserError as error:
+            unreadable.append(str(error))
+            return np.zeros((size, size, 3), np.uint8)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from progress(pool.map(read, paths), "reading images", total=len(paths))
+    if unreadable:
+        raise UserError(f"mend or remove {len(unreadable)} files that cannot be read, of which at "
+                        f"most 20 here: {'; '.join(sorted(unreadable)[:20])}")
+
+
+def open_image(source):
+    """An image as a viewer shows it, PIL's in RGB: turned as EXIF says, on white where it is
+    transparent, 16 bits as 8. source: a path, an open file, an image of PIL's or an array.
+    UserError naming the file if it cannot be read or is of 32 bits a pixel: the range is unknown."""
+    from PIL import Image, UnidentifiedImageError
+    try:
+        if isinstance(source, (str, os.PathLike)):
+            # a file, not its path: Pillow would map a TIFF with the sides that it has when turned
+            with open(source, "rb") as file:
+                return as_shown(Image.open(file, formats=FORMATS))
+        if isinstance(source, np.ndarray):
+            source = Image.fromarray(source)
+        elif not isinstance(source, Image.Image):
+            source = Image.open(source, formats=FORMATS)
+        return as_shown(source)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UserError(f"{source}: not one of {', '.join(FORMATS)}") from error
+    except Exception as error:  # a damaged file raises many kinds
+        raise UserError(f"{source}: {str(error)[:100]}") from error
+
+
+def as_shown(image):
+    """For `open_image`, of PIL's images."""
+    from PIL import Image, ImageOps
+    image.load()  # turns a TIFF itself, and removes its tag
+    orientation = image.getexif().get(0x0112)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        pixels = np.asarray(image.convert("I")) >> 8
+        if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # white is 0
+            pixels = 255 - pixels
+        image = Image.fromarray(pixels.astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("32 bits a pixel: the range is unknown")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    image.info.clear()  # Pillow turns no image with another tag that is broken
+    image.getexif()[0x0112] = orientation
+    return ImageOps.exif_transpose(image)
+
+
+def centre_square(image, size: int) -> np.ndarray:
+    """The centre square of an image of PIL's, uint8 (size,size,3)."""
+    from PIL import Image, ImageOps
+    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BOX))
 
 
 def split_test(arrays: Arrays, fraction: float) -> Arrays:
@@ -776,24 +840,25 @@ def resample(images: np.ndarray, size: int) -> np.ndarray:
     return torch.cat(parts).numpy()
 
 
-def make_images(arrays: Arrays, recipe: dict, device: str) -> tuple[Images, Images]:
-    """(train, test) of the arrays; recipe: its "flip" and "crop" say how to augment."""
+def make_images(arrays: Arrays, flip: bool, crop: str, device: str) -> tuple[Images, Images]:
+    """(train, test) of the arrays; those that are memory-mapped stay on the disk."""
     pixels = arrays["train_images"]
     pixels = pixels[::math.ceil(pixels.nbytes / 2 ** 30)]  # of a large set not all need be read
     pixel_mean = pixels.mean((0, 1, 2), dtype=np.float64)
     # einsum casts in small pieces: no copy as floats
-    square = np.einsum("nhwc,nhwc->c", pixels, pixels, dtype=np.float64, casting="unsafe")
-    pixel_std = np.sqrt(np.maximum(square / (pixels.size / 3) - pixel_mean ** 2, 1.0))
+    squares = np.einsum("nhwc,nhwc->c", pixels, pixels, dtype=np.float64, casting="unsafe")
+    pixel_std = np.sqrt(np.maximum(squares / (pixels.size / 3) - pixel_mean ** 2, 1.0))
     pixel_mean, pixel_std = torch.tensor(np.stack([pixel_mean, pixel_std])).float().to(device)
 
     sets = []
     for part in ("train", "test"):
-        place = "cpu" if isinstance(arrays[f"{part}_images"], np.memmap) else device
-        images = torch.from_numpy(arrays[f"{part}_images"]).to(place)
-        labels = torch.from_numpy(arrays[f"{part}_labels"]).to(place)
-        rows = torch.arange(len(labels), device=place)
+        images = torch.from_numpy(arrays[f"{part}_images"])
+        labels = torch.from_numpy(arrays[f"{part}_labels"])
+        rows = torch.arange(len(labels))
+        if not isinstance(arrays[f"{part}_images"], np.memmap):
+            images, labels, rows = (tensor.to(device) for tensor in (images, labels, rows))
         sets.append(Images(images, labels, rows, pixel_mean, pixel_std, arrays["classes"].tolist(),
-                           recipe["flip"], recipe["crop"], device))
+                           flip, crop, device))
     return tuple(sets)
 
 
@@ -1000,23 +1065,21 @@ def compare_kernels(args: Namespace, space: Space, images: Images) -> str:
 
 def choose_kernel(args: Namespace, folder: Path, record: dict, space: Space,
                   images: Images) -> None:
-    """Resolve --kernel, use it, and keep it in config.json. "auto" is the kernel that config.json
-    has, or what rank 0 measures for all ranks. Where the fused kernels of a run that is continued
-    cannot be built any more, a warning is printed and native ops are used."""
+    """Resolve --kernel, use the kernel, and keep it in config.json. "auto" is the kernel of the run
+    that is continued, else what rank 0 measures for all ranks. Where the kernels of a run that is
+    continued cannot be built any more, native ops are used, with a warning."""
     settings = record["settings"]
-    kernel = settings["kernel"] if args.kernel == "auto" else args.kernel
-    if kernel == "auto":
+    if settings["kernel"] == "auto":
         choice = [compare_kernels(args, space, images) if rank == 0 else None]
         if world > 1:
             dist.broadcast_object_list(choice)
-        kernel = choice[0]
+        settings["kernel"] = choice[0]
     try:
-        use_kernel(kernel)
+        use_kernel(settings["kernel"])
     except UserError as error:
         if args.kernel == "fused":
             raise
         print(f"warning: {error}; goes on with native ops, to other bits", file=sys.stderr)
-    settings["kernel"] = kernel
     args.kernel = "fused" if fused_kernels else "native"
     if rank == 0:
         save(folder / "config.json", record)
@@ -1169,21 +1232,21 @@ class Network(nn.Module):
 
 
 class FixedPooling:
-    """What `fix_pooling` mixes into the class of a network: the call has no argument but images, so
-    that torch.fx, which follows no argument, and what builds on it can trace the network."""
+    """`fix_pooling` mixes this into a network's class: a call takes only images, so that torch.fx
+    and what builds on it, which cannot follow another argument, trace the network."""
 
     def forward(self, images: Tensor) -> Tensor:
         """images: (N,3,H,W) -> logits (N,num_classes)."""
         return self.run(images, self.downsampling(self.default_config))
 
-    def __reduce__(self):  # pickle finds no class that was made at run time
+    def __reduce__(self):  # pickle would look for this class by name, and find the network's
         network = object.__new__(type(self).__bases__[1])
         network.__dict__.update(self.__dict__)
         return fix_pooling, (network, self.default_config)
 
 
 def fix_pooling(network: Network, config: Config) -> Network:
-    """The same network, whose pooling is `config` in every call: network(images)."""
+    """The same network, with the pooling `config` in every call: network(images)."""
     kind = type(network)
     network.default_config = config
     network.__class__ = type(kind.__name__, (FixedPooling, kind), {})
@@ -1256,6 +1319,13 @@ def load_network(path: str) -> tuple[Network, dict]:
                                    downsample=about["downsample"], image_size=about["image_size"])
     network.load_state_dict(saved["network"])
     return fix_pooling(network, parse_config(about["config"])).eval(), about
+
+
+def load_picture(source, about: dict) -> Tensor:
+    """An image as the network of `load_network` sees it, float32 (1,3,H,H). source: a path, an open
+    file, io.BytesIO, an image of PIL's or an array. UserError if it is no image."""
+    pixels = torch.tensor(centre_square(open_image(source), about["image_size"]))[None]
+    return normalise(pixels, torch.tensor(about["mean"]), torch.tensor(about["std"]))
 
 
 @torch.no_grad()
@@ -1474,24 +1544,23 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-class Lock:
-    """A file that is locked until this object is collected. UserError if another process has it."""
-
-    def __init__(self, path: Path):
-        self.file = open(path, "a")
-        try:
-            import fcntl
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is writing to {path.parent}: choose another --out, "
-                            "or wait for it") from error
-        except (ImportError, OSError) as error:  # Windows; NFS or Lustre without locks
-            print(f"warning: files cannot be locked here ({error}): start nothing twice; only "
-                  "Linux and macOS are tested", file=sys.stderr)
-
-    def __del__(self):
-        if hasattr(self, "file"):  # it could be opened
-            self.file.close()
+def lock(folder: Path) -> None:
+    """Give a run folder to this process until it ends. UserError if another process has it."""
+    file = os.open(folder / "lock", os.O_CREAT | os.O_WRONLY)
+    state = os.fstat(file)
+    if (state.st_dev, state.st_ino) in locks:  # a notebook runs a stopped cell again
+        return os.close(file)
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(file)
+        raise UserError(f"another process is writing to {folder}: choose another --out, or wait "
+                        "for it") from error
+    except (ImportError, OSError) as error:  # Windows; NFS or Lustre without locks
+        print(f"warning: files cannot be locked here ({error}): start nothing twice; only Linux "
+              "and macOS are tested", file=sys.stderr)
+    locks.add((state.st_dev, state.st_ino))  # the file stays open
 
 
 def save(path: Path, content: dict | list) -> None:
@@ -1542,8 +1611,7 @@ ROLES = {
                               "flip", "arch", "num_resolutions", "downsample", "width", "metric"},
     "one in all searches": {"data", "arch", "num_resolutions", "downsample", "width", "metric"},
 }
-# The locks of this process: a stopped cell of a notebook keeps its lock, and may be run again.
-open_locks = weakref.WeakValueDictionary()
+locks = set()  # the files, by device and inode, that this process has locked
 
 
 def open_run(stage: str, args: Namespace, data: tuple[Images, Images]) -> tuple[Path, dict]:
@@ -1571,8 +1639,7 @@ def open_run(stage: str, args: Namespace, data: tuple[Images, Images]) -> tuple[
     if rank == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            args.lock = open_locks.get(folder.resolve()) or Lock(folder / "lock")
-            open_locks[folder.resolve()] = args.lock
+            lock(folder)
             save(config, record)
         except OSError as error:
             raise UserError(f"--out {folder} is not writable: {error}") from error
@@ -1795,12 +1862,17 @@ def report_search(folder: Path, result: dict, space: Space,
 def print_ranking(ranking: list[dict], columns: dict[str, str], default: str) -> None:
     """Print the best ten, the default and the worst entries; columns: what of an entry is shown,
     and its format."""
-    print("\nposition  " + "  ".join(columns))
+    rows = [["position", *columns]]
     for position, entry in enumerate(ranking, 1):
-        is_default = entry["config"] == default
-        if position <= 10 or position == len(ranking) or is_default:
-            cells = [f"{entry[name]:{form}}".rjust(len(name)) for name, form in columns.items()]
-            print(f"{position:8}  " + "  ".join(cells) + ("  default" if is_default else ""))
+        if position <= 10 or position == len(ranking) or entry["config"] == default:
+            cells = [format(entry[name], form) if entry.get(name) is not None else ""
+                     for name, form in columns.items()]
+            rows.append([str(position), *cells])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    print()
+    for row in rows:
+        line = "  ".join(cell.rjust(width) for cell, width in zip(row, widths))
+        print(line + ("  default" if row[1] == default else ""))
     print("relative_macs: multiply-adds of the network; the default's are 1")
 
 
@@ -1874,7 +1946,7 @@ def label_dots(axes, x: dict[Config, float], y: dict[Config, float],
     for config in configs:
         name = axes.annotate(config_name(config), (x[config], y[config]), (4, 3), fontsize=7,
                              textcoords="offset points")
-        box = name.get_window_extent()
+        box = name.get_window_extent().padded(2)
         if any(box.overlaps(other) for other in taken):
             name.remove()
         else:

@@ -104,7 +104,8 @@ def paired_comparison(accuracies: list[float],
     if standard_deviation(differences) < 1e-12:
         return mean(differences), None, None
     test = ttest_rel(accuracies, default)
-    return mean(differences), list(test.confidence_interval()), float(test.pvalue)
+    interval = [round(float(end), 4) for end in test.confidence_interval()]
+    return mean(differences), interval, float(test.pvalue)
 
 
 def holm(p_values: dict[str, float]) -> dict[str, float]:
@@ -143,13 +144,6 @@ def significant(entries: dict[str, dict], sign: int) -> list[str]:
             if entry.get("p_holm", 1) < 0.05 and sign * entry["difference"] > 0]
 
 
-def describe_entries(names: list[str], entries: dict[str, dict]) -> str:
-    """Each configuration with its difference to the default and its multiply-adds; or "none"."""
-    return ", ".join(f"{name} ({entries[name]['difference']:+.4f} at "
-                     f"{entries[name]['relative_macs']:.2f} times the multiply-adds)"
-                     for name in names) or "none"
-
-
 def conclusion(entries: dict[str, dict]) -> str:
     """What the comparison shows, and what it cannot."""
     if len(entries) == 1:
@@ -157,16 +151,15 @@ def conclusion(entries: dict[str, dict]) -> str:
     tested = {name: entry for name, entry in entries.items() if "p_holm" in entry}
     if not tested:
         return "Nothing can be concluded from a difference without spread: give more --seeds."
+    better = significant(entries, 1)
     worse = significant(entries, -1)
     cheaper = [name for name, entry in tested.items()
                if entry["relative_macs"] < 1 and name not in worse]
     half = mean((entry["interval"][1] - entry["interval"][0]) / 2 for entry in tested.values())
     seeds = next(iter(tested.values()))["seeds"]
-    return (f"Shown to beat the default (5 % level, Holm over {len(tested)}): "
-            f"{describe_entries(significant(entries, 1), entries)}; to be worse: "
-            f"{', '.join(worse) or 'none'}.\n"
-            f"Of fewer multiply-adds and not shown to be worse: "
-            f"{describe_entries(cheaper, entries)}.\n"
+    return (f"Better than the default (5 % level, Holm over {len(tested)}): "
+            f"{' '.join(better) or 'none'}; worse: {' '.join(worse) or 'none'}.\n"
+            f"Of fewer multiply-adds and not shown to be worse: {' '.join(cheaper) or 'none'}.\n"
             f"With {seeds} seeds a difference below about {half:.4f} goes unseen, and all this is "
             "for these epochs and this data.")
 
@@ -216,28 +209,17 @@ def main(argv: list[str] | None = None) -> None:
         "kendall_tau_between_searches": agreement, "configs": entries})
     common.plot_results(folder / "comparison.png", accuracies, "test accuracy", space,
                         f"{Path(args.dataset).name}, {args.arch}, trained alone")
-    print("\nconfiguration      test accuracy  multiply-adds  "
-          "against the default, 95 %       p (Holm)")
-    for name, entry in entries.items():
-        line = (f"{name:13}  {entry['test_accuracy']:.4f} +- {entry['std']:.4f}  "
-                f"{entry['relative_macs']:13.2f}")
-        if "difference" in entry:
-            line += f"  {entry['difference']:+.4f}"
-        if "p_holm" in entry:
-            low, high = entry["interval"]
-            line += f" ({low:+.4f} to {high:+.4f})  {entry['p_holm']:.3f}"
-        if name == default:
-            line += "  default"
-        if rule and name == config_name(rule):
-            line += "  the rule's network"
-        print(line)
+    columns = {"config": "", "test_accuracy": ".4f", "std": ".4f", "relative_macs": ".2f",
+               "difference": "+.4f", "interval": "", "p_holm": ".3f"}
+    common.print_ranking([{"config": name} | entries[name] for name in entries], columns, default)
+    print("difference: to the default, with its 95 % interval and Holm's p")
     print(conclusion(entries))
     if rule == chosen[0]:
-        print("The rule, which needs no search, names the pick, too.")
+        print("The rule's network, which needs no search, is the pick itself.")
     elif rule in accuracies and chosen[0] in accuracies:
         difference, interval, p = paired_comparison(accuracies[chosen[0]], accuracies[rule])
-        print(f"The pick against the rule's network: {difference:+.4f}"
-              + (f" ({interval[0]:+.4f} to {interval[1]:+.4f}, p = {p:.3f})" if interval else ""))
+        print(f"The pick is {difference:+.4f} ({interval}, p = {p}) from the rule's network, "
+              f"{config_name(rule)}, which needs no search.")
     better = significant(entries, 1)
     take = min(better, key=lambda name: entries[name]["relative_macs"], default=default)
     why = "of the fewest multiply-adds that is" if better else "the default: none is"

@@ -115,6 +115,7 @@ class Arguments {
                       x.device());
     TORCH_CHECK_TYPE(t->scalar_type() == type, name, " is ", t->scalar_type(), ", not ", type);
     TORCH_CHECK_VALUE(t->sizes() == sizes, name, " has shape ", t->sizes(), ", not ", sizes);
+    TORCH_CHECK_VALUE(!t->numel() || t->const_data_ptr(), name, " has no memory");
     Tensor laid = t->contiguous(format);
     if (reinterpret_cast<uintptr_t>(laid.const_data_ptr()) % 16) laid = laid.clone(format);
     kept.push_back(laid);

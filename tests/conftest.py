@@ -40,7 +40,7 @@ COMMANDS = {  # each in a folder of its name, in this order: they read what othe
     "single": ("search_single", *FEW, *TRUTH, "--epochs", "4", "--rank-every", "2"),
     # batches of 16: ten rounds an epoch, so that scores are exchanged within it, too
     "mixture": ("search_mixture", *FEW, *TRUTH, "--epochs", "4", "--rank-every", "2",
-                "--batch-size", "16"),
+                "--batch-size", "16", "--draw", "cost"),
     "no-balance": ("search_mixture", *FEW, "--epochs", "2", "--no-balance", "--draw", "uniform",
                    "--temperature", "1e4", "1e4", "--batch-size", "16"),
     "retrain": ("retrain", "--from", "../mixture/runs/mixture-digits",
@@ -74,11 +74,14 @@ def run(folder: Path, stage: str, *argv: str) -> tuple[int, str, str]:
 
 
 def check_error(outcome: tuple[int, str, str], code: int, *messages: str) -> None:
-    """Assert that a run ended with this code and one line of error that says all of these."""
-    assert outcome[0] == code and outcome[2].startswith("error: "), outcome
-    assert outcome[2].count("\n") == 1 and outcome[2].endswith("\n"), outcome
+    """Assert that a run ended with this code and one line of error that says all of these. Before
+    argparse's line stands one of usage."""
+    lines = outcome[2].splitlines()
+    if outcome[2].startswith("usage: "):
+        lines = lines[1:]
+    assert outcome[0] == code and len(lines) == 1 and "error: " in lines[0], outcome
     for message in messages:
-        assert message in outcome[2]
+        assert message in lines[0]
 
 
 def command_of(name: str, finished: Path) -> list[str]:
@@ -105,8 +108,12 @@ def write_folder(folder: Path, classes=("cat", "dog"), parts=("train", "test"), 
 
 def arguments(*argv: str, search: bool = True) -> argparse.Namespace:
     """What a stage makes of these arguments, with native ops."""
-    args = common.make_parser("test", search).parse_args(["--kernel", "native", *argv])
-    return common.fill_defaults(args, search)
+    parser = common.make_parser("test")
+    if search:
+        common.add_search_flags(parser, draw="cost")
+    else:
+        common.add_training_flags(parser, seeds=1)
+    return common.parse_arguments(parser, ["--kernel", "native", *argv], search)
 
 
 def make_learner(images: common.Images, *argv: str) -> common.Learner:
@@ -152,7 +159,7 @@ def contents(folder: Path) -> dict:
 @pytest.fixture(autouse=True)
 def native_kernel(monkeypatch):
     """Every test begins with native ops, whatever another one has chosen."""
-    monkeypatch.setattr(common, "kernels", None)
+    monkeypatch.setattr(common, "fused_kernels", None)
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ import common
 
 
 def test_pad_crops_equal_torchvisions():
-    images = torch.randint(256, (20, 32, 32, 3), dtype=torch.uint8, generator=common.stream(0))
-    drawn = common.draw_pad_crops(20, 32, True, common.stream(1))
+    images = torch.randint(256, (20, 32, 32, 3), dtype=torch.uint8, generator=common.generator(0))
+    drawn = common.draw_pad_crops(20, 32, True, common.generator(1))
     crops = common.pad_crop(images, drawn).permute(0, 3, 1, 2)
     for image, (top, left, flip), crop in zip(images, drawn.tolist(), crops):
         expected = TF.crop(TF.pad(image.permute(2, 0, 1), 4), top, left, 32, 32)
@@ -30,7 +30,7 @@ def test_pad_crops_equal_torchvisions():
 
 
 def test_resized_crops_are_torchvisions():
-    drawn = common.draw_resized_crops(5000, 40, True, common.stream(0))
+    drawn = common.draw_resized_crops(5000, 40, True, common.generator(0))
     top, left, height, width, flips = drawn.unbind(1)
     assert drawn.min() >= 0
     assert max((top + height).max(), (left + width).max()) < 1.00001
@@ -39,7 +39,7 @@ def test_resized_crops_are_torchvisions():
     assert np.allclose(extremes, [0.08, 1, 3 / 4, 4 / 3], atol=0.03)
     assert flips.mean() == pytest.approx(0.5, abs=0.05)
 
-    noise = torch.randint(256, (50, 3, 5, 5), generator=common.stream(0))
+    noise = torch.randint(256, (50, 3, 5, 5), generator=common.generator(0))
     smooth = TF.resize(noise.float(), [40, 40]).byte()
     boxes = (40 * drawn[:50, :4]).floor()
     drawn = torch.cat([boxes / 40, flips[:50, None]], 1)
@@ -60,18 +60,18 @@ def test_batches_are_normalised_augmented_and_channels_last(small_images):
     for flip, crop, variants in ((True, "pad", 2 * 5 * 5), (False, "pad", 5 * 5),  # 16x16: pad 2
                                  (True, "resized", 2000)):
         source = common.replace(one_image, flip=flip, crop=crop)
-        images, _ = next(source.passes(2000, common.stream(1), common.stream(2)))
+        images, _ = next(source.passes(2000, common.generator(1), common.generator(2)))
         assert len({image.numpy().tobytes() for image in images}) == variants
 
 
 def test_passes_and_evaluation_cover_all_images_once(small_images):
     marked = common.replace(small_images, labels=torch.arange(400))
-    passes = marked.passes(128, common.stream(1), common.stream(2))
+    passes = marked.passes(128, common.generator(1), common.generator(2))
     batches = [labels for _, labels in itertools.islice(passes, 8)]
     assert [len(labels) for labels in batches] == [100] * 8  # near-equal, not 128 and a rest
     first, second = torch.cat(batches).split(400)
     assert not torch.equal(first, second)
-    plain, labels = next(marked.passes(128, common.stream(1)))
+    plain, labels = next(marked.passes(128, common.generator(1)))
     assert torch.equal(labels, first[:100])  # whether there are crops or not
     assert torch.equal(plain, marked.batch(labels)[0])
     third, fourth = ([labels for _, labels in marked.evaluation_batches(128)] for _ in range(2))
@@ -101,12 +101,12 @@ def drawn_with(*argv):
     args = arguments(*argv)
     train, _ = common.load_dataset(args)
     half, _ = common.split_for_search(train, args)
-    order, crops = (common.stream(args.seed, name, 0, 0) for name in ("order", "crops"))
+    order, crops = (common.generator(args.seed, name, 0, 0) for name in ("order", "crops"))
     numbered = common.replace(half, labels=torch.arange(len(train)))
     passes = numbered.passes(args.batch_size, order, crops)
     batches = itertools.islice(passes, half.num_batches(args.batch_size))
     images, labels = map(torch.cat, zip(*batches))
-    network = common.make_network(args, train, True, common.stream_seed(args.seed, "weights", 0))
+    network = common.make_network(args, train, True, common.derive_seed(args.seed, "weights", 0))
     return {"split": half.rows, "order": labels, "crops": images,
             "weights": network.layers[0].conv.weight}
 
@@ -123,7 +123,7 @@ def test_one_setting_does_not_reshuffle_the_others():
 
 def test_random_streams_are_independent():
     keys = [(0, "a", 1), (0, "a", 2), (0, "b", 1), (1, "a", 1), (0, "a", 1)]
-    draws = [torch.randint(1000, (4,), generator=common.stream(*key)).tolist() for key in keys]
+    draws = [torch.randint(1000, (4,), generator=common.generator(*key)).tolist() for key in keys]
     assert len(set(map(tuple, draws))) == 4
     assert draws[0] == draws[4]
 
@@ -263,7 +263,7 @@ def test_a_cache_of_more_than_4_gib_stays_on_the_disk(tmp_path):
     assert train.images.data_ptr() == pixels.ctypes.data
     assert np.array_equal(pixels, file[:4])
     assert test.images.device.type == "meta"
-    batch = next(train.subset([3, 0]).passes(2, common.stream(0), common.stream(1)))
+    batch = next(train.subset([3, 0]).passes(2, common.generator(0), common.generator(1)))
     assert [tensor.device.type for tensor in batch] == ["meta", "meta"]
 
 

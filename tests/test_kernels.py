@@ -1,4 +1,5 @@
 """kernels/: the operator against float64, its torch rules, its build; CUDA source on a CPU."""
+import contextlib
 import functools
 import importlib.util
 import json
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from conftest import ROOT, shell
 from torch.utils import cpp_extension
 
 import kernels
-from kernels import pool_conv2d
+from kernels import benchmark, pool_conv2d
 
 MODES = ("none", "maxpool", "stride")
 compiler = shutil.which(os.environ.get("CXX", "c++"))
@@ -236,12 +238,16 @@ def correct_calls(size=4):
         "apply_backward": (x, None, x, rows)}
 
 
-def test_operators_refuse_empty_images_and_tangents(ops):
+def test_operators_refuse_empty_images_freed_memory_and_tangents(ops):
     for name, arguments in correct_calls().items():
         getattr(ops, name)(*arguments)
         with pytest.raises(NotImplementedError, match="forward mode"):
             torch.func.jvp(lambda x: getattr(ops, name)(x, *arguments[1:]), arguments[:1],
                            arguments[:1])
+        freed = arguments[0].clone()
+        freed.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="no memory"):
+            getattr(ops, name)(freed, *arguments[1:])
     for name, arguments in correct_calls(size=0).items():
         with pytest.raises(ValueError, match="is empty"):
             getattr(ops, name)(*arguments)
@@ -385,6 +391,86 @@ def test_benchmark_writes_its_table(tmp_path):
     for row in result["layers"]:
         assert max(row["error"].values()) < 2e-5
     assert (tmp_path / "runs/benchmark/benchmark.png").stat().st_size > 10000
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """CUDA's graphs and events on a CPU: a replay takes as long as what was captured."""
+    gpu = SimpleNamespace(capturing=False, waited=0, launch=20e6)  # microseconds
+
+    def now():
+        return 1e6 * time.perf_counter() + gpu.waited
+
+    def kernel(microseconds):
+        def call():
+            gpu.waited += microseconds + (0 if gpu.capturing else gpu.launch)
+        return call
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        start = now()
+        gpu.capturing = True
+        yield
+        gpu.capturing = False
+        took = now() - start
+        gpu.waited -= took
+        graph.replay = kernel(took)
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.synchronize = Mock()
+
+        def record(self):
+            self.at = now()
+
+        def elapsed_time(self, other):  # milliseconds
+            return (other.at - self.at) / 1e3
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
+    gpu.kernel = kernel
+    gpu.clock = benchmark.Clock("cpu")
+    gpu.clock.cuda = True
+    gpu.clock.flush = kernel(85e6)
+    return gpu
+
+
+def test_benchmark_times_kernels_without_launches_and_flushes(fake_gpu):
+    calls = {"native": fake_gpu.kernel(12e6), "fused": fake_gpu.kernel(3e6)}
+    called = benchmark.in_turns(fake_gpu.clock, calls, 3)
+    alone = benchmark.kernel_times(fake_gpu.clock, calls, 3)
+    assert called["native"] == pytest.approx([32e6] * 3, rel=1e-3)
+    assert called["fused"] == pytest.approx([23e6] * 3, rel=1e-3)
+    assert alone["native"] == pytest.approx([12e6] * 3, rel=1e-3)
+    assert alone["fused"] == pytest.approx([3e6] * 3, rel=1e-3)
+
+
+def test_benchmark_on_a_gpu(fake_gpu, monkeypatch):
+    compile_mock = Mock(side_effect=lambda function, **_: function)
+    monkeypatch.setattr(torch, "compile", compile_mock)
+    launch = fake_gpu.kernel(0)
+    weights = []
+
+    def launched_pool_conv2d(x, weight, downsample):
+        launch()
+        weights.append(weight)
+        return pool_conv2d(x, weight, downsample)
+
+    monkeypatch.setattr(kernels, "pool_conv2d", launched_pool_conv2d)
+    args = SimpleNamespace(device="cpu", dtype="float32", batch=4, repeats=1, compile=True)
+    row = benchmark.measure_layer(fake_gpu.clock, args, 1e4, "8,8,8", "maxpool")
+    assert set(row["passes"]) == set(benchmark.PASSES)
+    for name in ("forward", "all"):
+        result = row["passes"][name]
+        assert 0 < result["fused_us"][1] < fake_gpu.launch <= result["called"]["fused_us"][1]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+    step = benchmark.measure_step(fake_gpu.clock, args, (4, 3, 3))
+    assert compile_mock.call_args.kwargs == {"mode": "reduce-overhead"}
+    assert set(step["us"]) == {"native", "fused", "native graph", "fused graph", "native compiled"}
+    assert step["us"]["fused graph"][1] > fake_gpu.launch
 
 
 # ----------------------------------------------------------------------------------------- CUDA

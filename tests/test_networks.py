@@ -2,6 +2,7 @@
 import copy
 import itertools
 import math
+import pickle
 import time
 from functools import partial
 
@@ -170,14 +171,14 @@ def test_kernels_are_measured_and_must_agree(slow, factor, gradient, chosen, mes
     """With kernels that are native ops but for a factor, another for the gradient, and one side
     that sleeps."""
     def use_kernel(kernel):
-        monkeypatch.setattr(common, "kernels", kernel if kernel == "fused" else None)
+        monkeypatch.setattr(common, "fused_kernels", kernel if kernel == "fused" else None)
 
     def head(network, x, real=common.ResNet.head):
-        time.sleep(0.3 * (slow == (common.kernels or "native")))
-        if common.kernels and not factor:
+        time.sleep(0.3 * (slow == (common.fused_kernels or "native")))
+        if common.fused_kernels and not factor:
             raise RuntimeError("CUDA error")
         network.unused = nn.Parameter(x.new_zeros(1))  # as in some networks of one's own
-        if common.kernels:
+        if common.fused_kernels:
             x = gradient * x + (factor - gradient) * x.detach()
         return real(network, x)
 
@@ -186,7 +187,7 @@ def test_kernels_are_measured_and_must_agree(slow, factor, gradient, chosen, mes
     monkeypatch.setattr(common.ResNet, "head", head)
     args = arguments("--width", "0.25", "--batch-size", "8")
     space = common.search_space(args, digits[0])
-    assert common.measure_kernels(args, space, digits[0]) == chosen
+    assert common.compare_kernels(args, space, digits[0]) == chosen
     assert message in "".join(capsys.readouterr())
 
 
@@ -210,16 +211,48 @@ def test_tree_evaluation_halves_the_work():
     assert 4 * separate / counter.get_total_flops() == pytest.approx(2.03, abs=0.01)
 
 
-def test_fp16_skips_infinite_gradients_and_continues_with_its_scale(small_images):
-    fresh, skipping, restored = (make_learner(small_images, "--amp", "fp16") for _ in range(3))
-    step = (*small_images.batch(torch.arange(0, 400, 5)), (4, 3, 3), 0.1)
-    skipping.scaler.load_state_dict(skipping.scaler.state_dict() | {"scale": 2.0 ** 60})
-    skipping.step(*step)
-    assert skipping.scaler.get_scale() == 2.0 ** 59
-    skipping.scaler.update(2.0 ** 16)  # what a fresh one begins with
-    for _ in range(2):  # as if the skipped step had never been
-        assert torch.equal(skipping.step(*step), fresh.step(*step))
-    restored.load_state_dict(copy.deepcopy(skipping.state_dict()))
-    assert restored.scaler.state_dict() == skipping.scaler.state_dict()
-    assert torch.equal(restored.step(*step), skipping.step(*step))
-    assert all(map(torch.equal, restored.network.parameters(), skipping.network.parameters()))
+def test_a_step_is_sgd_with_momentum_and_weight_decay(small_images):
+    learner = make_learner(small_images, "--weight-decay", "0.01", "--momentum", "0.8")
+    network = copy.deepcopy(learner.network)
+    images, labels = small_images.batch(torch.arange(0, 400, 5))
+    momenta = [0.0] * len(list(network.parameters()))
+    for lr in (0.1, 0.02):
+        metrics = learner.step(images, labels, (4, 3, 3), lr)
+        logits = network(images, (4, 3, 3))
+        loss = nn.functional.cross_entropy(logits, labels)
+        assert metrics.tolist() == pytest.approx(
+            [loss.item(), (logits.argmax(1) == labels).double().mean().item()])
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        with torch.no_grad():
+            for i, (weight, gradient) in enumerate(zip(network.parameters(), gradients)):
+                momenta[i] = 0.8 * momenta[i] + gradient + 0.01 * weight
+                weight -= lr * momenta[i]
+    for weight, expected in zip(learner.network.parameters(), network.parameters()):
+        assert torch.allclose(weight, expected, atol=1e-6)
+
+
+def test_a_loaded_network_is_traced_copied_and_pickled():
+    torch.manual_seed(0)
+    network = common.ResNet("resnet20", 5, width=1 / 8).eval()
+    images = torch.randn(2, 3, 16, 16)
+    expected = network(images, (5, 3, 2))
+    names = list(network.state_dict())
+    fixed = common.fix_pooling(network, (5, 3, 2))
+    with pytest.raises(TypeError):
+        fixed(images, (4, 3, 3))
+    traced = torch.fx.symbolic_trace(fixed)
+    for other in (fixed, traced, copy.deepcopy(fixed), pickle.loads(pickle.dumps(fixed))):
+        assert torch.equal(other(images), expected)
+    assert list(fixed.state_dict()) == names and isinstance(fixed, common.ResNet)
+
+
+def test_a_mistake_in_a_network_of_ones_own_is_named(monkeypatch):
+    def space(*argv):
+        return common.search_space(arguments("--image-size", "8", *argv), small)
+
+    small, _ = common.load_dataset(arguments("--image-size", "8"))
+    with pytest.raises(common.UserError, match="8x8 images are too small for 6 resolutions"):
+        space("--num-resolutions", "6")
+    monkeypatch.setattr(common.ResNet, "head", lambda self, x: x.missing())
+    with pytest.raises(common.UserError, match="--arch resnet20 fails: AttributeError: .*missing"):
+        space()

@@ -103,9 +103,17 @@ def test_a_rank_that_waits_says_so_and_can_be_ended(end, tmp_path):
     with subprocess.Popen([sys.executable, "-B", ROOT / "search_mixture.py", *FEW], cwd=tmp_path,
                           env=os.environ | left_over, stderr=subprocess.PIPE, text=True,
                           preexec_fn=heed_ctrl_c) as job:
-        assert "rank 0 waits for 1 others at 127.0.0.1" in job.stderr.readline()
+        assert "rank 0 of 2 waits for the others at 127.0.0.1:0" in job.stderr.readline()
         job.send_signal(end)
         assert job.wait(timeout=20) == -end
+
+
+def test_tasks_that_slurm_started_alone_are_told_of_torchrun(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "3")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    check_error(run(tmp_path, "search_single", *FEW), 2, "SLURM started 3 tasks", "torchrun")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a batch script that starts one process
+    common.join_ranks()
 
 
 def test_a_rank_alone_is_no_rank():
@@ -119,7 +127,7 @@ def test_a_rank_alone_is_no_rank():
 def test_ranks_share_gpus_in_turn(monkeypatch):
     monkeypatch.setattr(common, "world", 8)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(torch, "zeros", lambda size, device: None)
+    monkeypatch.setattr(torch, "zeros", lambda size, **_: None)
     for local_rank, device in (("0", "cuda:0"), ("2", "cuda:2"), ("3", "cuda:0"), ("7", "cuda:1")):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert common.choose_device("cuda") == device
