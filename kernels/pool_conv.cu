@@ -33,16 +33,16 @@
 //   the block, both ways                   72.2, 76.9       47.4, 53.0       31.8, 42.2
 //
 // Kernels:
-//   conv_tiled               a warp: 8x8 outputs x 16 channels; a block: four tiles x 16 channels or
-//                            two x 32. 64 bytes of each pixel's channels at a time, and the weights
-//                            for them, are in shared memory: pooled, normalised, or a gradient taken
-//                            back through a normalisation, while they are loaded. The input's
-//                            gradient is the same with rotated, transposed weights. The epilogue
-//                            adds the shortcut's gradient, unpools or passes a ReLU back, and sums
-//                            what the next normalisation needs.
+//   conv_tiled               a warp: a tile of 8x8 outputs x 16 channels; a block: four tiles x 16
+//                            channels, or two x 32. 64 bytes of each pixel's channels at a time are in shared
+//                            memory, and the weights for them: pooled, normalised, or a gradient
+//                            taken back through a normalisation, while they are loaded. The
+//                            input's gradient is the same with rotated, transposed weights. The
+//                            epilogue adds the shortcut's gradient, unpools or passes a ReLU back,
+//                            and sums what the next normalisation needs.
 //   grad_weight_partial      a block: all taps of 16 x 16 or 32 x 32 channels over a fixed share of
 //                            the tiles, of which there are as many as fill the GPU; a window of
-//                            three rows and three shifts slides down in registers
+//                            three rows and three shifts slides down the tile in registers
 //   grad_weight_sum          adds the shares in a fixed order: no atomics, bit-reproducible
 //   elementwise, column_sums a block's end and its way back; a thread: four channels of a pixel, or
 //                            of a share of the pixels
@@ -305,16 +305,18 @@ struct alignas(16) Pixels {
   T v[SIDE][SIDE][CHANNELS + PAD];
 };
 
-// Fills `to` with what `from` describes: channels from c0 on of the pixels of image n from
-// (top, left) on, zeros outside. A thread whose pixel is outside loads the image's first one.
+// Fills `to` with what `from` describes: channels from c0 on of the pixels of a tile and, if SIDE
+// is larger, around it, zeros outside of the image. A thread whose pixel is outside loads the
+// image's first one.
 template <bool EXACT, typename T, int SIDE, int CHANNELS, int PAD>
-__device__ inline void stage(const Source& from, int n, int top, int left, int height, int width,
+__device__ inline void stage(const Source& from, const Place& tile, int height, int width,
                              int channels, int c0, Pixels<T, SIDE, CHANNELS, PAD>& to) {
+  const int top = tile.top - (SIDE - TILE) / 2, left = tile.left - (SIDE - TILE) / 2;
   constexpr int QUADS = CHANNELS / 4, ROWS = THREADS / QUADS / SIDE;  // at a time
   constexpr int ROUNDS = (SIDE + ROWS - 1) / ROWS, COUNT = ROUNDS < 5 ? ROUNDS : 5;
   const int lane = threadIdx.x % QUADS * 4, c = c0 + lane, j = threadIdx.x / QUADS % SIDE;
   const bool within = unsigned(left + j) < unsigned(width) && c < channels;
-  const int64_t image = int64_t(n) * height * width * channels;
+  const int64_t image = int64_t(tile.n) * height * width * channels;
   if (threadIdx.x / QUADS >= ROWS * SIDE) return;
 #pragma unroll 1
   for (int first = threadIdx.x / QUADS / SIDE; first < SIDE; first += COUNT * ROWS) {
@@ -482,7 +484,7 @@ __global__ void __launch_bounds__(THREADS, EXACT ? 3 : 4) conv_tiled(
         stage_pooled<EXACT>(g, static_cast<const T*>(source.x), at, c0,
                             blockIdx.y ? nullptr : pooled, argmax, staged.xs[t]);
       else
-        stage<EXACT>(source, at.n, at.top - 1, at.left - 1, height, width, c_in, c0, staged.xs[t]);
+        stage<EXACT>(source, at, height, width, c_in, c0, staged.xs[t]);
     }
     stage_weights<EXACT, FLIP>(g, weight, c0, k0, staged.ws);
     __syncthreads();
@@ -595,7 +597,7 @@ __device__ inline void load_pixels(const Pixels<T, SIDE, CHANNELS, PAD>& from, i
 // quadrant of 32 x 32, for Q = 1 of half a tile. A block: `share` tiles. partial: (shares,
 // c_in / 16, c_out / 16, 9 taps, 16 c, 16 k)
 template <typename T, bool EXACT, int Q>
-__global__ void __launch_bounds__(THREADS, EXACT ? 2 : 3) grad_weight_partial(
+__global__ void __launch_bounds__(THREADS, 2) grad_weight_partial(
     Shape g, Source x, Source grad_y, int share, float* __restrict__ partial) {
   constexpr int TILES = Q == 1 ? 2 : 1, ROWS = Q == 1 ? TILE / 2 : TILE;
   constexpr int LINES = 4 / sizeof(T);  // rows of the image in an mma
@@ -625,10 +627,8 @@ __global__ void __launch_bounds__(THREADS, EXACT ? 2 : 3) grad_weight_partial(
 #pragma unroll 1
       for (int t = 0; t < TILES; t++) {
         const Place at(g, tile + t < end ? tile + t : tiles);
-        stage<EXACT>(x, at.n, at.top - 1, at.left - 1, height, width, c_in, blockIdx.y * 16 * Q,
-                     shared.staged.xs[t]);
-        stage<EXACT>(grad_y, at.n, at.top, at.left, height, width, c_out, blockIdx.z * 16 * Q,
-                     shared.staged.gs[t]);
+        stage<EXACT>(x, at, height, width, c_in, blockIdx.y * 16 * Q, shared.staged.xs[t]);
+        stage<EXACT>(grad_y, at, height, width, c_out, blockIdx.z * 16 * Q, shared.staged.gs[t]);
       }
       __syncthreads();
       Operand<4> window[3][TILE + 2];  // by shift; LINES rows each
