@@ -53,12 +53,12 @@ at::MemoryFormat layout(const Tensor& weight) {
 float* fill(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 uint8_t* fill_bytes(const Tensor& t) { return static_cast<uint8_t*>(t.mutable_data_ptr()); }
 
-// The arguments of an operator on the image x, for kernels on a CPU or for CUDA's. Every tensor, x
-// too, goes through `take`: it is on the device of x, has the right type and shape, and lies as the
-// kernels read it, images NHWC, weights OIHW, for CUDA NHWC, all else contiguous, from a multiple
-// of 16 bytes on. What autograd saved may come back in another memory format, and a view may begin
-// anywhere; but where channels are a multiple of four, the CUDA kernels read four at once. Results
-// are valid as long as this, and null for a tensor that is not there.
+// The arguments of an operator on the image x, for the kernels on a CPU or those for CUDA. Every
+// tensor, x too, goes through `take`: it is on the device of x, has the right type and shape, and
+// lies as the kernels read it. Images are NHWC, weights OIHW (for CUDA NHWC), all else contiguous;
+// all begin at a multiple of 16 bytes. What autograd saved may come back in another memory format,
+// and a view may begin anywhere; but where channels are a multiple of four, the CUDA kernels read
+// four at once. The pointers are valid as long as this, and null for a tensor that is not there.
 template <bool CUDA>
 class Arguments {
  public:
@@ -127,15 +127,17 @@ class Arguments {
   c10::SmallVector<Tensor, 12> kept;
 };
 
-// in: the convolution's input; x_height, x_width: the layer's, before a max-pool
+// x_height, x_width: before a max-pool
+template <bool CUDA>
 Shape shape(const Tensor& weight, int64_t batch, int64_t x_height, int64_t x_width, int64_t mode) {
   const int64_t by = mode == MAXPOOL ? 2 : 1, height = x_height / by, width = x_width / by;
   const Shape s{batch, height, width, weight.size(1), weight.size(0), x_height, x_width};
   constexpr int64_t LIMIT = int64_t(1) << 30;  // CUDA counts tiles, and places in an image, as int
-  TORCH_CHECK_VALUE(batch * ((height + 7) / 8) * ((width + 7) / 8) < LIMIT,
+  TORCH_CHECK_VALUE(!CUDA || batch * ((height + 7) / 8) * ((width + 7) / 8) < LIMIT,
                     "too many images in one call");
-  TORCH_CHECK_VALUE((height + 8) * (width + 8) * std::max(s.c_in, s.c_out) < 2 * LIMIT,
-                    "an image is too large");
+  TORCH_CHECK_VALUE(
+      !CUDA || (height + 8) * (width + 8) * std::max(s.c_in, s.c_out) < 2 * LIMIT,
+      "an image is too large");
   return s;
 }
 int64_t pixels(const Tensor& x) { return x.size(0) * x.size(2) * x.size(3); }
@@ -225,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_conv(
     return {y, normalise ? moments<CUDA>(y, gamma, beta, eps) : rows(0, c_out, x), pooled, argmax};
   }
 
-  const Shape s = shape(weight, x.size(0), x.size(2), x.size(3), mode);
+  const Shape s = shape<CUDA>(weight, x.size(0), x.size(2), x.size(3), mode);
   if (pool) {
     pooled = empty_nhwc({s.batch, s.c_in, s.height, s.width}, x);
     argmax = at::empty_like(pooled, at::kByte);
@@ -261,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_conv_backward(
   const float* by_gamma = given.floats("gamma", gamma, {c_in});
   const uint8_t* index = given.index(argmax, mode, height, width);
 
-  const Shape s = shape(weight, x.size(0), height, width, mode);
+  const Shape s = shape<CUDA>(weight, x.size(0), height, width, mode);
   Tensor grad_x = nothing(x), grad_weight = nothing(x);
   if (want_x) grad_x = empty_nhwc({s.batch, c_in, height, width}, x);
   if (want_weight)

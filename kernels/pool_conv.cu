@@ -34,10 +34,10 @@
 //
 // Kernels:
 //   conv_tiled               a warp: a tile of 8x8 outputs x 16 channels; a block: four tiles x 16
-//                            channels, or two x 32. 64 bytes of each pixel's channels at a time are in shared
-//                            memory, and the weights for them: pooled, normalised, or a gradient
-//                            taken back through a normalisation, while they are loaded. The
-//                            input's gradient is the same with rotated, transposed weights. The
+//                            channels, or two x 32. 64 bytes of each pixel's channels at a time are
+//                            in shared memory, and the weights for them: pooled, normalised, or a
+//                            gradient taken back through a normalisation, while they are loaded.
+//                            The input's gradient is the same with rotated, transposed weights. The
 //                            epilogue adds the shortcut's gradient, unpools or passes a ReLU back,
 //                            and sums what the next normalisation needs.
 //   grad_weight_partial      a block: all taps of 16 x 16 or 32 x 32 channels over a fixed share of
