@@ -205,12 +205,15 @@ def _build(folder: Path, name: str, sources: list[Path], cuda: bool) -> None:
 
 
 def _for_any_path(write_ninja_file: Callable) -> Callable:
-    """torch's function with all that ninja needs escaped in the sources' paths, not only spaces."""
+    """torch's function, which escapes only spaces for ninja, with paths that are escaped before."""
+    from unittest import mock
     special = "[$]" if os.name == "nt" else "[$:]"  # torch escapes the colon of C:, too
 
     def write(*, sources, **others):
         sources = [re.sub(special, r"$\g<0>", source) for source in sources]
-        write_ninja_file(sources=sources, **others)
+        compiler = {"CXX": os.environ["CXX"].replace("$", "$$")} if "CXX" in os.environ else {}
+        with mock.patch.dict(os.environ, compiler):
+            write_ninja_file(sources=sources, **others)
     return write
 
 

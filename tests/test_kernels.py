@@ -338,7 +338,9 @@ def test_the_build_finds_ninja_and_a_compiler_of_several_words(monkeypatch, tmp_
     assert subprocess.check_output([changes["CXX"], "a b"], text=True) == "compile a b"
 
 
-def test_a_path_may_hold_any_character(tmp_path):
+@pytest.mark.parametrize("prefix", ["", "env "])
+def test_a_path_may_hold_any_character(monkeypatch, tmp_path, prefix):
+    monkeypatch.setenv("CXX", prefix + (os.environ.get("CXX") or "c++"))
     folder = tmp_path / """a $b:c'd"e%f"""
     folder.mkdir()
     (folder / "some.h").write_text("#define ANSWER 42")
