@@ -34,10 +34,10 @@
 //
 // Kernels:
 //   conv_tiled               a warp: a tile of 8x8 outputs x 16 channels; a block: four tiles x 16
-//                            channels, or two x 32. 64 bytes of each pixel's channels at a time are
-//                            in shared memory, and the weights for them: pooled, normalised, or a
-//                            gradient taken back through a normalisation, while they are loaded.
-//                            The input's gradient is the same with rotated, transposed weights. The
+//                            channels, or two x 32. 16 input channels at a time are in shared
+//                            memory, and the weights for them: pooled, normalised, or a gradient
+//                            taken back through a normalisation, while they are loaded. The
+//                            input's gradient is the same with rotated, transposed weights. The
 //                            epilogue adds the shortcut's gradient, unpools or passes a ReLU back,
 //                            and sums what the next normalisation needs.
 //   grad_weight_partial      a block: all taps of 16 x 16 or 32 x 32 channels over a fixed share of
@@ -65,6 +65,7 @@ namespace pool_conv {
 namespace {
 
 constexpr int TILE = 8;              // outputs of a tile, in both directions
+constexpr int CB = 16;               // input channels in shared memory at a time
 constexpr int THREADS = 128;         // of a block of the convolution's kernels: four warps
 constexpr int GROUP = 9 * 16 * 16;   // weights whose gradient a warp sums
 constexpr int BLOCKS = 2 * 132;      // that do so: two for each multiprocessor of an H100
@@ -370,14 +371,12 @@ __device__ inline void stage_pooled(const Shape& g, const T* x, const Place& at,
   }
 }
 
-// 64 bytes of a pixel's channels, and the weights from these to KB channels
+// What a tile is made of, and the weights from CB to KB channels
 template <typename T>
-constexpr int CB = 64 / sizeof(T);
-template <typename T>
-using Input = Pixels<T, TILE + 2, CB<T>, 16 / int(sizeof(T))>;
+using Input = Pixels<T, TILE + 2, CB, 16 / int(sizeof(T))>;
 template <typename T, int KB>
 struct alignas(16) Weights {
-  T v[9][KB][CB<T> + 16 / sizeof(T)];
+  T v[9][KB][CB + 16 / sizeof(T)];
 };
 
 // Fills `to` with the weights from channels c0 and k0 on, zeros where there are none. A thread has
@@ -385,33 +384,30 @@ struct alignas(16) Weights {
 template <bool EXACT, bool FLIP, typename T, int KB>
 __device__ inline void stage_weights(const Shape& g, const T* __restrict__ weight, int c0, int k0,
                                      Weights<T, KB>& to) {
-  constexpr int OF_TAP = KB * CB<T> / 4, TAPS = OF_TAP < THREADS ? THREADS / OF_TAP : 1;
+  constexpr int OF_TAP = KB * CB / 4, TAPS = THREADS / OF_TAP;  // of threads; at a time
   constexpr int ROUNDS = (9 + TAPS - 1) / TAPS;
   const int rows = FLIP ? g.c_in : g.c_out, columns = FLIP ? g.c_out : g.c_in;
-#pragma unroll 1
-  for (int thread = threadIdx.x; thread < TAPS * OF_TAP; thread += THREADS) {
-    const int first = thread / OF_TAP, quad = thread % OF_TAP;
-    const int c = FLIP ? quad % CB<T> : quad % (CB<T> / 4) * 4;
-    const int k = FLIP ? quad / CB<T> * 4 : quad / (CB<T> / 4);
-    const int row = FLIP ? c0 + c : k0 + k, column = FLIP ? k0 + k : c0 + c;
-    const bool inside = row < rows && column < columns;
-    int at[ROUNDS];
-    Four<float> value[ROUNDS];
+  const int first = threadIdx.x / OF_TAP, quad = threadIdx.x % OF_TAP;
+  const int c = FLIP ? quad % CB : quad % (CB / 4) * 4;
+  const int k = FLIP ? quad / CB * 4 : quad / (CB / 4);
+  const int row = FLIP ? c0 + c : k0 + k, column = FLIP ? k0 + k : c0 + c;
+  const bool inside = row < rows && column < columns;
+  int at[ROUNDS];
+  Four<float> value[ROUNDS];
 #pragma unroll
-    for (int r = 0; r < ROUNDS; r++) {
-      const int tap = first + r * TAPS < 9 ? first + r * TAPS : 8;
-      at[r] = (FLIP ? 8 - tap : tap) * columns;
-    }
-    load4(weight + (inside ? int64_t(row) * 9 * columns + column : 0), at,
-          inside ? columns - column : 0, inside && columns % 4 == 0, value);
+  for (int r = 0; r < ROUNDS; r++) {
+    const int tap = first + r * TAPS < 9 ? first + r * TAPS : 8;
+    at[r] = (FLIP ? 8 - tap : tap) * columns;
+  }
+  load4(weight + (inside ? int64_t(row) * 9 * columns + column : 0), at,
+        inside ? columns - column : 0, inside && columns % 4 == 0, value);
 #pragma unroll
-    for (int r = 0; r < ROUNDS; r++) {
-      const int tap = first + r * TAPS;
-      if (tap >= 9) continue;
-      for (int q = 0; q < 4; q++) value[r].v[q] = narrow<T, EXACT>(value[r].v[q]);
-      if (!FLIP) store4(&to.v[tap][k][c], value[r], 4, true);
-      for (int q = 0; FLIP && q < 4; q++) to.v[tap][k + q][c] = from_float<T>(value[r].v[q]);
-    }
+  for (int r = 0; r < ROUNDS; r++) {
+    const int tap = first + r * TAPS;
+    if (tap >= 9) continue;
+    for (int q = 0; q < 4; q++) value[r].v[q] = narrow<T, EXACT>(value[r].v[q]);
+    if (!FLIP) store4(&to.v[tap][k][c], value[r], 4, true);
+    for (int q = 0; FLIP && q < 4; q++) to.v[tap][k + q][c] = from_float<T>(value[r].v[q]);
   }
 }
 
@@ -419,12 +415,12 @@ __device__ inline void stage_weights(const Shape& g, const T* __restrict__ weigh
 // tile, whose pixels are mma's rows, and eight channels from k + 8 n on. A `step` takes 32 bytes of
 // the channels; the registers of an input row serve three taps.
 template <typename T, bool EXACT, int KB>
-__device__ inline void convolve(const Input<T>& xs, const Weights<T, KB>& ws, int k, int steps,
+__device__ inline void convolve(const Input<T>& xs, const Weights<T, KB>& ws, int k,
                                 float (&sum)[2][4][4]) {
   constexpr int MATRIX = 16 / sizeof(T);  // channels
   const int lane = threadIdx.x % 32, q = lane / 8;
 #pragma unroll 1
-  for (int step = 0; step < steps; step++)
+  for (int step = 0; step < CB / (2 * MATRIX); step++)
 #pragma unroll
     for (int b = 0; b < 3; b++) {
       Operand<4> lines[TILE / 2 + 1];  // two rows each: the first half of the channels, the second
@@ -476,7 +472,7 @@ __global__ void __launch_bounds__(THREADS, EXACT ? 3 : 4) conv_tiled(
   const int k0 = blockIdx.y * KB, k = warp / TILES * 16;
   float sum[2][4][4] = {};
 
-  for (int c0 = 0; c0 < c_in; c0 += CB<T>) {
+  for (int c0 = 0; c0 < c_in; c0 += CB) {
 #pragma unroll 1
     for (int t = 0; t < TILES; t++) {
       const Place at(g, blockIdx.x * TILES + t);
@@ -490,8 +486,7 @@ __global__ void __launch_bounds__(THREADS, EXACT ? 3 : 4) conv_tiled(
     __syncthreads();
     // mma cuts bits off when it adds: long sums are made of short ones
     float part[2][4][4] = {};
-    const int steps = (c_in - c0) * sizeof(T) > 32 ? 2 : 1;
-    convolve<T, EXACT>(staged.xs[warp % TILES], staged.ws, k, steps, EXACT ? part : sum);
+    convolve<T, EXACT>(staged.xs[warp % TILES], staged.ws, k, EXACT ? part : sum);
     for (int e = 0; EXACT && e < 32; e++)
       sum[e / 16][e / 4 % 4][e % 4] += part[e / 16][e / 4 % 4][e % 4];
     __syncthreads();
