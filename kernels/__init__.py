@@ -3,8 +3,8 @@
     from kernels import basic_block, pool_conv2d, stem
     y, pooled = pool_conv2d(x, weight, downsample="maxpool")   # "none", "maxpool" or "stride"
 
-This folder works alone, copied into any project; README.md says what it needs. Call `load()` once
-to build at a moment of your choice, and before you trace with torch.compile.
+This folder works alone: copy it into any project. README.md says what it needs. Call `load()` to
+build at a moment of your choice, and always before you trace with torch.compile.
 """
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,17 +41,17 @@ def pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
                 downsample: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
     """3x3 convolution, padding 1, no bias, that may downsample: (y, pooled).
 
-    x: (N,C_in,H,W), any strides, best channels_last; weight: (C_out,C_in,3,3); both floating (on
-    CUDA not float64) and of one dtype and device. "none": y = conv(x), pooled is x. "maxpool":
+    x: (N,C_in,H,W), any strides, best channels_last; weight: (C_out,C_in,3,3); both of one floating
+    dtype (on CUDA not float64) and on one device. "none": y = conv(x), pooled is x. "maxpool":
     pooled = maxpool2x2(x), y = conv(pooled). "stride": y = conv(x) with stride 2, pooled is x.
-    Gradients flow into x through both outputs, and into weight. What is computed is channels_last.
-    On a CPU a NaN or infinity in x spoils at least the outputs that it spoils in torch, and up to a
-    tile of 4x4 around them.
+    Gradients flow into x through both outputs, and into weight. The results are channels_last.
+    On a CPU a NaN or infinity in x spoils the outputs that it spoils in torch, and may spoil a tile
+    of 4x4 around them.
     Raises TypeError, ValueError, BuildError.
     """
     check_arguments(x, weight, downsample)
-    # torch's operators, which its FlopCounterMode counts, and which forward mode can differentiate
-    if x.is_meta or forward_ad._current_level >= 0:
+    # FlopCounterMode counts torch's operators, and forward mode can differentiate them
+    if x.is_meta or forward_ad._current_level >= 0 or not has_kernels(x.device):
         return native_pool_conv2d(x, weight, downsample)
 
     given = x
@@ -64,7 +65,7 @@ def pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
 
     if not _loaded:
         load()
-    y, pooled, _ = torch.ops.pool_conv.forward(x, weight, MODES[downsample])
+    y, pooled, _ = torch.ops.pool_conv.forward(x, weight, MODES[downsample], allows_tf32())
     return y, pooled if downsample == "maxpool" else given
 
 
@@ -74,6 +75,19 @@ def native_pool_conv2d(x: torch.Tensor, weight: torch.Tensor,
     pooled = F.max_pool2d(x, 2) if downsample == "maxpool" else x
     stride = 2 if downsample == "stride" else 1
     return F.conv2d(pooled, weight, stride=stride, padding=1), pooled
+
+
+@torch.compiler.assume_constant_result
+def has_kernels(device: torch.device) -> bool:
+    """Whether there are kernels for it: on a GPU they need the tensor cores of sm_80 or newer."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def allows_tf32() -> bool:
+    """Whether torch's convolutions may round float32 to TF32 on a GPU. Ours then do, too."""
+    return (torch.backends.cudnn.conv.fp32_precision == "tf32"
+            and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0")
 
 
 def check_mode(downsample: str) -> None:
@@ -115,29 +129,31 @@ def load() -> None:
 
 
 def _is_registered() -> bool:
-    """Whether this folder, imported by another name, has done it: twice would end the process."""
+    """Whether this folder, imported by another name, has registered the operators. Doing it twice
+    would end the process."""
     name = "pool_conv::forward"
     return (torch._C._dispatch_has_kernel(name)
             and torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd"))
 
 
 def _build_and_load() -> None:
-    folder = Path(__file__).parent
+    here = Path(__file__).parent
     gpus = _gpus()
-    sources = [folder / "binding.cpp", folder / "pool_conv_cpu.cpp"]
+    sources = [here / "binding.cpp", here / "pool_conv_cpu.cpp"]
     if gpus:
-        sources.append(folder / "pool_conv.cu")
-    folder, name = _place([*sources, folder / "pool_conv.h"], gpus)
-    if _loads_finished(folder, name):  # before any lock: the folder may be a read-only one
+        sources.append(here / "pool_conv.cu")
+    folder, name = _place([*sources, here / "pool_conv.h"], gpus)
+    if _loads_finished(folder, name):  # before the lock: the folder may be read-only
         return
     with _locked(folder / "lock"):
-        if not _loads_finished(folder, name):  # nor has another process built it meanwhile
+        if not _loads_finished(folder, name):  # another process may have built it meanwhile
             _build(folder, name, sources, cuda=bool(gpus))
 
 
 def _place(files: list[Path], gpus: list) -> tuple[Path, str]:
-    """Folder and name of the finished library: others for whatever changes it, machines that share
-    a home directory included. Where there is no compiler, any compiler's will do: "*"."""
+    """The folder and the name of the finished library. They change with whatever changes the
+    library, so that machines can share a home directory. Without a compiler the name is "*": the
+    library of any compiler will do."""
     machine = (torch.__version__, sys.version, platform.machine(), _cpu_features(), gpus)
     state = b"|".join([file.read_bytes() for file in files] + [str(machine).encode()])
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
@@ -147,8 +163,8 @@ def _place(files: list[Path], gpus: list) -> tuple[Path, str]:
 
 
 def _loads_finished(folder: Path, name: str) -> bool:
-    """Load what is there and whole, of the size that ends its name: what is cut would end the
-    process. False if there is none, or none that can be loaded: then it is built anew."""
+    """Load a finished library; False if there is none that can be loaded. A library's name ends
+    with its size, because loading one that was cut off would end the process."""
     for library in sorted(folder.glob(f"{name}-*.so")):
         if library.stem.endswith(f"-{library.stat().st_size}"):
             with contextlib.suppress(OSError):
@@ -158,8 +174,9 @@ def _loads_finished(folder: Path, name: str) -> bool:
 
 
 def _build(folder: Path, name: str, sources: list[Path], cuda: bool) -> None:
-    """Compile, load, and put the result where it is looked for, at once and complete."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA: known
+    """Compile and load the library, then move it to its place in one step."""
+    # torch would warn that there is no CUDA
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from unittest import mock
 
     from torch.utils import cpp_extension  # slow to import, and only for building
@@ -170,24 +187,39 @@ def _build(folder: Path, name: str, sources: list[Path], cuda: bool) -> None:
     link_flags = []
     if platform.system() != "Darwin":
         flags += ["-march=native", "-fopenmp"]
-        if "clang" in _compiler():  # its own OpenMP; g++'s is loaded, with torch
+        if "clang" in _compiler():  # has its own OpenMP; that of g++ comes with torch
             link_flags.append("-fopenmp")
     if cuda:
         flags.append("-DWITH_CUDA")
     with (tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch,
           mock.patch.dict(os.environ, _environment(scratch)),
-          # torch's lock: this folder is ours, and a network's file system may have none
-          mock.patch.object(cpp_extension, "FileLock", contextlib.nullcontext, create=True)):
+          # torch's lock is not needed here, and fails on file systems without locks
+          mock.patch.object(cpp_extension, "FileLock", contextlib.nullcontext, create=True),
+          mock.patch.object(cpp_extension, "_write_ninja_file",
+                            _for_any_path(cpp_extension._write_ninja_file))):
         cpp_extension.load("pool_conv", [str(file) for file in sources], build_directory=scratch,
                            extra_cflags=flags, extra_cuda_cflags=["-O3"],
                            extra_ldflags=link_flags, with_cuda=cuda, is_python_module=False)
-        built, = Path(scratch).glob(f"pool_conv*{cpp_extension.LIB_EXT}")
+        built = next(Path(scratch).glob(f"pool_conv*{cpp_extension.LIB_EXT}"))
         os.replace(built, folder / f"{name}-{built.stat().st_size}.so")
 
 
+def _for_any_path(write_ninja_file: Callable) -> Callable:
+    """torch's function, which escapes only spaces for ninja, with paths that are escaped before."""
+    from unittest import mock
+    special = "[$]" if os.name == "nt" else "[$:]"  # torch escapes the colon of C:, too
+
+    def write(*, sources, **others):
+        sources = [re.sub(special, r"$\g<0>", source) for source in sources]
+        compiler = {"CXX": os.environ["CXX"].replace("$", "$$")} if "CXX" in os.environ else {}
+        with mock.patch.dict(os.environ, compiler):
+            write_ninja_file(sources=sources, **others)
+    return write
+
+
 def _environment(scratch: str) -> dict[str, str]:
-    """What the build needs to find ninja, if it is only where pip put it, and a compiler of several
-    words, as in CXX="ccache g++", which torch takes for one."""
+    """Changes of the environment for the build: ninja is found where pip has put it, and CXX may
+    have several words, as in "ccache g++", which torch would take for the name of one program."""
     changes = {}
     if not shutil.which("ninja"):
         with contextlib.suppress(ImportError):
@@ -203,7 +235,7 @@ def _environment(scratch: str) -> dict[str, str]:
 
 
 def _compiler() -> str:
-    """What the compiler says that it is; empty if there is none."""
+    """The compiler's version, in its own words; empty if there is no compiler."""
     command = [*shlex.split(os.environ.get("CXX") or "c++"), "--version"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -212,7 +244,7 @@ def _compiler() -> str:
 
 
 def _cpu_features() -> list[str]:
-    """What -march=native depends on."""
+    """The features of the CPU, on which the result of -march=native depends."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return [platform.processor()]
@@ -221,7 +253,7 @@ def _cpu_features() -> list[str]:
 
 
 def _gpus() -> list:
-    """What nvcc compiles for; empty without a GPU."""
+    """The GPUs that nvcc compiles for; empty without a GPU."""
     if not torch.cuda.is_available():
         return []
     gpus = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
@@ -229,7 +261,7 @@ def _gpus() -> list:
 
 
 def _reason(error: BaseException) -> str:
-    """The line of a failed build that says most."""
+    """The one line of a failed build's output that says most."""
     while error.__cause__:
         error = error.__cause__
     lines = str(error).strip().splitlines()
@@ -242,8 +274,8 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path):
-    """One process builds, the others wait, if the system has locks; it releases the lock of one
-    that dies."""
+    """Hold a lock, so that one process builds and the others wait. If a process dies the system
+    releases its lock. Where there are no locks, each process builds."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")
@@ -259,13 +291,25 @@ def _locked(path: Path):
 
 # ------------------------------------------------------------------------ the operators' rules
 
+def _check_fake(mode: int, x: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """ValueError for an unknown mode, or if not all tensors are on x's device. torch calls a fake
+    kernel as soon as one tensor is on "meta", and would return memory that nothing has written."""
+    if mode not in MODES.values():
+        raise ValueError(f"no mode {mode}")
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(f"a tensor is on {other.device}, not on {x.device}")
+
+
 def _register() -> None:
-    """Fake kernels, autograd and vmap of the operators."""
+    """Register fake kernels, autograd and vmap of the operators."""
     forward = torch.ops.pool_conv.forward
     backward = torch.ops.pool_conv.backward
 
     @torch.library.register_fake("pool_conv::forward")
-    def _(x, weight, mode):
+    def _(x, weight, mode, tf32=False):
+        _check_fake(mode, x, weight)
+
         def empty(channels, dtype=None):
             out = x.new_empty((x.shape[0], channels, height, width), dtype=dtype)
             return out.to(memory_format=torch.channels_last)
@@ -275,24 +319,31 @@ def _register() -> None:
         argmax = x.new_empty(0, dtype=torch.uint8)
         if mode == MODES["maxpool"]:
             height, width = height // 2, width // 2
-            # as by_winograd in binding.cpp decides; opcheck compares
-            winograd = x.dtype == torch.float32 and min(weight.shape[:2]) >= 8
+            # as is_ours in binding.cpp decides; opcheck compares
+            ours = x.is_cuda or x.dtype == torch.float32 and min(weight.shape[:2]) >= 8
             pooled = empty(x.shape[1])
-            argmax = empty(x.shape[1], torch.uint8 if winograd or x.is_cuda else torch.int64)
+            argmax = empty(x.shape[1], torch.uint8 if ours else torch.int64)
         if mode == MODES["stride"]:
             height, width = (height + 1) // 2, (width + 1) // 2
         return empty(weight.shape[0]), pooled, argmax
 
     @torch.library.register_fake("pool_conv::backward")
-    def _(grad_y, grad_pooled, x, weight, argmax, mode, height, width, want_x, want_weight):
+    def _(grad_y, grad_pooled, x, weight, argmax, mode, height, width, want_x, want_weight,
+          tf32=False):
+        _check_fake(mode, x, weight, grad_y, grad_pooled, argmax)
         grad_x = x.new_empty(0)
         if want_x:
             grad_x = x.new_empty((*x.shape[:2], height, width))
             grad_x = grad_x.to(memory_format=torch.channels_last)
-        return grad_x, weight.new_empty(weight.shape) if want_weight else x.new_empty(0)
+        if not want_weight:
+            return grad_x, x.new_empty(0)
+        lies_last = weight.is_contiguous(memory_format=torch.channels_last)
+        layout = (torch.channels_last if lies_last and not weight.is_contiguous()
+                  else torch.contiguous_format)  # as `layout` in binding.cpp
+        return grad_x, torch.empty_like(weight, memory_format=layout)
 
     def setup(ctx, inputs, output):
-        x, weight, ctx.mode = inputs
+        x, weight, ctx.mode, ctx.tf32 = inputs
         _, pooled, argmax = output
         ctx.size = x.shape[2:]
         ctx.mark_non_differentiable(argmax)
@@ -301,7 +352,7 @@ def _register() -> None:
 
     def gradients(ctx, grad_y, grad_pooled, _):
         x, weight, argmax = ctx.saved_tensors
-        if grad_y is None:  # only pooled was used
+        if grad_y is None:  # nothing but pooled was used
             stride = 2 if ctx.mode == MODES["stride"] else 1
             height, width = ((size - 1) // stride + 1 for size in x.shape[2:])
             grad_y = x.new_zeros((x.shape[0], weight.shape[0], height, width))
@@ -309,8 +360,8 @@ def _register() -> None:
             grad_pooled = None
         want_x, want_weight = ctx.needs_input_grad[:2]
         grad_x, grad_weight = backward(grad_y, grad_pooled, x, weight, argmax, ctx.mode, *ctx.size,
-                                       want_x, want_weight)
-        return grad_x if want_x else None, grad_weight if want_weight else None, None
+                                       want_x, want_weight, ctx.tf32)
+        return grad_x if want_x else None, grad_weight if want_weight else None, None, None
 
     def twice(ctx, *grads):
         raise NotImplementedError("pool_conv2d has no second derivative: use native ops for it")
@@ -319,12 +370,12 @@ def _register() -> None:
     torch.library.register_autograd("pool_conv::backward", twice)
 
     @torch.library.register_vmap("pool_conv::forward")
-    def _(info, dims, x, weight, mode):
+    def _(info, dims, x, weight, mode, tf32=False):
         outputs = []
         for i in range(info.batch_size):
             one_x = x if dims[0] is None else x.select(dims[0], i)
             one_weight = weight if dims[1] is None else weight.select(dims[1], i)
-            outputs.append(forward(one_x, one_weight, mode))
+            outputs.append(forward(one_x, one_weight, mode, tf32))
         return tuple(torch.stack(part) for part in zip(*outputs)), (0, 0, 0)
 
 

@@ -1,116 +1,81 @@
-// 3x3 convolution (padding 1, NHWC) behind an optional 2x2 max-pool, on a GPU.
+// 3x3 convolution (padding 1, NHWC) behind an optional 2x2 max-pool, on a GPU of sm_80 or newer.
 //
 //   pooled[n,i,j,c] = max over the 2x2 pixels of x at (2i,2j)        (maxpool; otherwise x itself)
-//   y[n,i,j,k]      = sum over a,b in 0..2, c of pooled[n, S i + a - 1, S j + b - 1, c] w[k,c,a,b]
+//   y[n,i,j,k]      = sum over a,b in 0..2, c of pooled[n, i + a - 1, j + b - 1, c] w[k,c,a,b]
 //
-// with S = 2 for "stride" and 1 otherwise. float32, float16 and bfloat16, all summed in float32.
-// Weights are in memory as (c_out,3,3,c_in), their gradient as (c_out,c_in,3,3).
+// float32, float16 and bfloat16, all multiplied by tensor cores and summed in float32. Tensor cores
+// know no float32, but TF32, which has 10 bits behind the point. Where torch allows its own
+// convolutions to round to TF32, so do these. Elsewhere ("exact") a float32 is the sum of a TF32
+// number and of what that lacks, and a product takes three: error about 1e-6.
 //
-// What a layer costs, batch 128, forward (each gradient costs about the same again):
-//   ResNet-20 layer   GFLOP   float32 MB   H100 floor us, float32   bf16 MB  floor us, tensor cores
-//   16->16 @ 32x32    0.60      16.8       9.0  (arithmetic)         8.4       2.5 (memory)
-//   16->32 @ 16x16    0.30       6.3       4.5  (arithmetic)         3.1       0.9 (memory)
-//   32->32 @ 16x16    0.60       8.4       9.0  (arithmetic)         4.2       1.3 (memory)
-//   32->64 @  8x8     0.30       3.2       4.5  (arithmetic)         1.6       0.5 (memory)
-//   64->64 @  8x8     0.60       4.3       9.0  (arithmetic)         2.2       0.6 (memory)
-// GFLOP = 2*9*N*H*W*C*K; bytes: x and y once, weights once; floors from 67 TFLOP/s float32, 990
-// TFLOP/s bf16 and 3.35 TB/s. A max-pool of its own would read 4 and write 1 pooled input and read
-// it again; here it reads 4 and writes 1 (which the shortcut needs anyway).
+// What a layer costs at least, batch 128, float32 (each gradient costs about the same again):
+//   ResNet-20 layer   GFLOP     MB   microseconds on an H100: memory   TF32   exact
+//   16->16 @ 32x32    0.60    16.8                              5.0    1.2    3.7
+//   16->32 @ 16x16    0.30     6.3                              1.9    0.6    1.8
+//   32->32 @ 16x16    0.60     8.4                              2.5    1.2    3.7
+//   32->64 @  8x8     0.30     3.2                              0.9    0.6    1.8
+//   64->64 @  8x8     0.60     4.3                              1.3    1.2    3.7
+// GFLOP = 2*9*N*H*W*C*K; MB: x and y once, weights once; from 3.35 TB/s and 495 TFLOP/s, of which
+// mma is said to reach 60 %. A max-pool of its own would read 4 and write 1 pooled input and read
+// it again; here it reads 4 and writes 1 (which the shortcut needs anyway). In a training step an
+// identity block moves 27 tensors of its size, operator by operator 44.
 //
 // What the kernels need, counted from the PTX by a model of an H100 (4 instructions a cycle and
-// multiprocessor, 32 banks, 67 TFLOP/s, 3.35 TB/s), not measured; README.md has what an H100 took.
-// Microseconds of the dearest of instructions, arithmetic, shared memory and memory; batch 128:
-//   float32, in a training step of a block    16->16 @ 32x32   32->32 @ 16x16   64->64 @ 8x8
-//     conv_tiled, first convolution                15.5             13.9            13.4
-//     conv_tiled, gradient of the second           17.3             14.4            13.7
-//     grad_weight_partial, of the second           16.3             16.3            16.3
-//     norm_rows, back_rows                          0.3              0.2             0.1
-//     column_sums, elementwise (memory)            15.0              7.6             3.8
-//     the block, both ways                          115               99              93
-//   bfloat16, alone
-//     conv_tiled, forward (tensor cores)            4.4                              2.7
-//     grad_weight_partial                          15.2                             15.2
+// multiprocessor, 32 banks, the above), not measured; README.md has what an H100 took.
+// Microseconds of the dearest of instructions, tensor cores, shared memory and memory, in a
+// training step of a block, batch 128, float32, TF32 and exact:
+//                                        16->16 @ 32x32   32->32 @ 16x16    64->64 @ 8x8
+//   conv_tiled, first convolution           5.2,  7.4        3.1,  5.8        2.5,  5.2
+//     second, of a normalised input         5.6,  8.1        3.4,  6.1        2.8,  5.5
+//     gradient of the second               12.7, 12.7        6.4,  6.6        3.2,  5.9
+//   grad_weight_partial, of the second     10.7, 10.7        7.8,  7.8        5.3,  5.3
+//   column_sums, elementwise               15.0, 15.0        7.6,  7.6        3.8,  3.8
+//   the block, both ways                   72.2, 76.9       47.4, 53.0       31.8, 42.2
 //
-// With normalisation, ReLU and add fused, a block moves 27 tensors of its size in a training step,
-// 7 forward and 20 backward, since the gradients of input and weight each read what they are made
-// of; operator by operator it is 44. Nine blocks, counted as identity blocks, three of 16 channels
-// at 32x32, of 32 at 16x16 and of 64 at 8x8, batch 128, float32: 3 * 27 * (8.4 + 4.2 + 2.1) MB =
-// 1.19 GB, on an H100 355 us (operator by operator 1.9 GB, 578 us). Their arithmetic is 31 GFLOP:
-// 465 us in float32, 32 us on bf16 tensor cores.
-//
-// Kernels, from simple to fast:
-//   grad_input_plain         a thread an input element, gathering; used for stride 2
-//   elementwise, column_sums a block's end and its way back, float32; a thread four channels of a
-//                            pixel, or of a share of the pixels
-//   norm_rows, back_rows     a block a channel: adds up the sums, in double, in a fixed order
-//   grad_weight_partial      a block: all taps of 16 x 16 channels over a fixed share of the tiles,
-//                            of which there are as many as fill the GPU; a thread: one c, four k,
-//                            nine taps, a 3x3 window sliding along the row
+// Kernels:
+//   conv_tiled               a warp: a tile of 8x8 outputs x 16 channels; a block: four tiles x 16
+//                            channels, or two x 32. 16 input channels at a time are in shared
+//                            memory, and the weights for them: pooled, normalised, or a gradient
+//                            taken back through a normalisation, while they are loaded. The
+//                            input's gradient is the same with rotated, transposed weights. The
+//                            epilogue adds the shortcut's gradient, unpools or passes a ReLU back,
+//                            and sums what the next normalisation needs.
+//   grad_weight_partial      a block: all taps of 16 x 16 or 32 x 32 channels over a fixed share of
+//                            the tiles, of which there are as many as fill the GPU; a window of
+//                            three rows and three shifts slides down the tile in registers
 //   grad_weight_sum          adds the shares in a fixed order: no atomics, bit-reproducible
-//   conv_tiled               a block: 8x8 outputs x KB channels; input tile (pooled, normalised,
-//                            or a gradient taken back through a normalisation, while it is loaded)
-//                            and weights in shared memory, 16 input channels at a time. float32: a
-//                            thread has 4 pixels x 4 channels in registers, uses each input value
-//                            for three taps, each weight for four pixels. float16, bfloat16: a warp
-//                            has 32 pixels x 16 channels, on tensor cores. The input's gradient is
-//                            the same with rotated, transposed weights. The epilogue adds the
-//                            shortcut's gradient, unpools or passes a ReLU back, and sums what the
-//                            next normalisation needs.
+//   elementwise, column_sums a block's end and its way back; a thread: four channels of a pixel, or
+//                            of a share of the pixels
+//   norm_rows, back_rows     a block a channel: adds up the sums, in double, in a fixed order
 #include "pool_conv.h"
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #ifndef CUDA_EMULATION
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#define LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+#define LAUNCH(kernel, grid, block, stream, ...) \
+  kernel<<<grid, block, 0, cudaStream_t(stream)>>>(__VA_ARGS__)
 #endif
 
 namespace pool_conv {
 namespace {
 
-constexpr int TILE = 8;              // outputs of a block, in both directions
+constexpr int TILE = 8;              // outputs of a tile, in both directions
 constexpr int CB = 16;               // input channels in shared memory at a time
-constexpr int GROUP = 9 * CB * CB;   // weights whose gradient a block sums
-constexpr int BLOCKS = 4 * 132;      // of such blocks: what an H100 holds
-constexpr int MOST_PARTS = PARTIAL_ROWS / 4;  // of a tensor's sums
+constexpr int THREADS = 128;         // of a block of the convolution's kernels: four warps
+constexpr int GROUP = 9 * 16 * 16;   // weights whose gradient a warp sums
+constexpr int BLOCKS = 2 * 132;      // that do so: two for each multiprocessor of an H100
+constexpr int MOST_PARTS = 256;      // of a tensor's sums
 
 template <typename T>
 struct alignas(4 * sizeof(T)) Four {
   T v[4];
 };
 using Part = Four<float>;  // of a channel's sums: pixels, pivot, sum, sum of products
-
-// What a convolution multiplies: float32, or float16 and bfloat16 where tensor cores take both
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-template <typename T>
-using Factor = float;
-#else
-template <typename T>
-using Factor = T;
-#endif
-
-// SIDE x SIDE pixels of CB channels in shared memory, PITCH elements from one to the next. With
-// this and the 16 bytes at a row's end the threads of a warp, which read 16 bytes each (for tensor
-// cores 4), meet every bank once.
-template <typename E>
-constexpr int PITCH = CB + 16 / int(sizeof(E));
-template <typename E, int SIDE>
-struct alignas(16) Pixels {
-  E v[SIDE][SIDE * PITCH<E> + 16 / sizeof(E)];
-};
-
-// The weights from CB to KB channels there: k innermost, for the tensor cores c
-template <typename E, int KB>
-struct alignas(16) Weights {
-  static constexpr bool BY_C = sizeof(E) == 2;
-  E v[9 * (BY_C ? KB * PITCH<E> : CB * (KB + 4))];
-  static __device__ int at(int c, int tap, int k) {
-    return BY_C ? (tap * KB + k) * PITCH<E> + c : (c * 9 + tap) * (KB + 4) + k;
-  }
-};
 
 __device__ inline float to_float(float v) { return v; }
 __device__ inline float to_float(uint8_t v) { return v; }
@@ -158,6 +123,87 @@ __device__ inline void store4(T* p, const Four<float>& values, int left, bool wi
   if (wide) *reinterpret_cast<Four<T>*>(p) = four;
   for (int q = 0; !wide && q < 4; q++)
     if (q < left) p[q] = four.v[q];
+}
+
+#ifndef CUDA_EMULATION
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define TENSOR_CORES(...)  // there are none that could do this, and __init__.py asks for sm_80
+#else
+#define TENSOR_CORES(...) asm volatile(__VA_ARGS__)
+#endif
+
+// The nearest TF32 number. What is not rounded mma cuts off, which doubles the error.
+__device__ inline float to_tf32(float v) {
+  uint32_t bits = 0;
+  TENSOR_CORES("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+  return __uint_as_float(bits);
+}
+
+// Four matrices of eight rows of 16 bytes in shared memory: lane 8 q + i has the address of row i
+// of matrix q. v[q] receives bytes 4 t to 4 t + 3 of row g, where g = lane / 4 and t = lane % 4;
+// TRANSPOSED, of 16-bit values: those of rows 2 t and 2 t + 1 in column g.
+template <bool TRANSPOSED>
+__device__ inline void load_matrices(const void* row, uint32_t (&v)[4]) {
+  const uint32_t at = __cvta_generic_to_shared(row);
+#define LOAD(transposed)                                                                  \
+  TENSOR_CORES("ldmatrix.sync.aligned.m8n8.x4" transposed ".shared.b16 {%0,%1,%2,%3}, [%4];" \
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory")
+  if constexpr (TRANSPOSED)
+    LOAD(".trans");
+  else
+    LOAD("");
+}
+
+// d += a b, for 16 x K times K x 8 numbers, by one instruction of a warp. A register holds one
+// float32 (TF32), K = 8, or two neighbours of 16 bits, K = 16. In units of registers:
+//   a: (row g, column t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
+//   b: (row t, column g), (t + 4, g)
+//   d: (row g, columns 2 t and 2 t + 1), (row g + 8, the same)
+template <typename T>
+__device__ inline void mma(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&d)[4]) {
+#define MMA(k, type)                                                                     \
+  TENSOR_CORES("mma.sync.aligned.m16n8k" k ".row.col.f32." type "." type ".f32"          \
+               " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                  \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                          \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (std::is_same_v<T, float>)
+    MMA("8", "tf32");
+  else if constexpr (std::is_same_v<T, __half>)
+    MMA("16", "f16");
+  else
+    MMA("16", "bf16");
+}
+#endif
+
+// What a warp multiplies. EXACT, of float32: TF32 numbers and what these lack, of which mma takes
+// all but the last bit or two.
+template <int N>
+struct Operand {
+  uint32_t v[N], rest[N];
+};
+
+template <bool EXACT>
+__device__ inline void split(Operand<4>& of) {
+  for (int q = 0; EXACT && q < 4; q++) {
+    const float all = __uint_as_float(of.v[q]), most = to_tf32(all);
+    of.v[q] = __float_as_uint(most);
+    of.rest[q] = __float_as_uint(all - most);
+  }
+}
+
+template <typename T, bool EXACT>
+__device__ inline void multiply(const Operand<4>& a, const Operand<2>& b, float (&sum)[4]) {
+  if constexpr (EXACT) {  // the product of the rests is too small to matter
+    mma<T>(a.rest, b.v, sum);
+    mma<T>(a.v, b.rest, sum);
+  }
+  mma<T>(a.v, b.v, sum);
+}
+
+// What of v goes into shared memory, before it becomes a T
+template <typename T, bool EXACT>
+__device__ inline float narrow(float v) {
+  return std::is_same_v<T, float> && !EXACT ? to_tf32(v) : v;
 }
 
 __device__ inline float relu(float v) { return v < 0 ? 0.0f : v; }  // a NaN passes
@@ -217,13 +263,14 @@ __device__ inline void sum_rows(F (&mine)[N], F* found, int rows, int width) {
   }
 }
 
-// The sums of a block, of four channels from c on, as its Part of each
-__device__ inline void write_parts(float* partial, int c, int left, float pixels,
-                                   const Four<float>& pivot, const float (&sums)[8]) {
+// Sums of four channels from c on, as number `part` of the `parts` of each
+__device__ inline void write_parts(float* partial, int64_t parts, int64_t part, int c, int left,
+                                   float pixels, const Four<float>& pivot,
+                                   const float (&sums)[8]) {
   for (int q = 0; q < 4; q++)
     if (q < left)
-      reinterpret_cast<Part*>(partial)[int64_t(c + q) * gridDim.x + blockIdx.x] = {
-          pixels, pivot.v[q], sums[q], sums[4 + q]};
+      reinterpret_cast<Part*>(partial)[(c + q) * parts + part] = {pixels, pivot.v[q], sums[q],
+                                                                  sums[4 + q]};
 }
 
 // torch's rule: the first of equals, a NaN always
@@ -234,56 +281,46 @@ __device__ inline void take(float value, int place, float& best, float& index) {
   }
 }
 
-template <typename T>
-__global__ void grad_input_plain(Layer g, const T* grad_y, const T* weight, T* grad_x) {
-  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= int64_t(g.batch) * g.height * g.width * g.c_in) return;
-  const int c = at % g.c_in, column = at / g.c_in % g.width, row = at / g.c_in / g.width % g.height;
-  const int64_t n = at / g.c_in / g.width / g.height;
-  float sum = 0;
-  for (int a = 0; a < 3; a++)
-    for (int b = 0; b < 3; b++) {
-      const int i = row + 1 - a, j = column + 1 - b;  // stride times the output's place
-      if (i < 0 || j < 0 || i % g.stride || j % g.stride || i / g.stride >= g.y_height ||
-          j / g.stride >= g.y_width) continue;
-      const T* pixel =
-          grad_y + ((n * g.y_height + i / g.stride) * g.y_width + j / g.stride) * g.c_out;
-      for (int k = 0; k < g.c_out; k++)
-        sum += to_float(pixel[k]) * to_float(weight[(int64_t(k) * 9 + 3 * a + b) * g.c_in + c]);
-    }
-  grad_x[at] = from_float<T>(sum);
+__host__ __device__ inline int tile_count(const Shape& g) {
+  return g.batch * ((g.height + TILE - 1) / TILE) * ((g.width + TILE - 1) / TILE);
 }
 
-__host__ __device__ inline int64_t tile_count(int batch, int height, int width) {
-  return int64_t(batch) * ((height + TILE - 1) / TILE) * ((width + TILE - 1) / TILE);
-}
-
-// Where a block's tile lies: `tile` counts tiles of TILE x TILE outputs through the images.
+// Where a tile lies, which `tile` counts through the images. One behind the last lies where no
+// image has a pixel.
 struct Place {
   int n, top, left;
-  __device__ Place(const Layer& g, int64_t tile) {
-    const int down = (g.y_height + TILE - 1) / TILE, across = (g.y_width + TILE - 1) / TILE;
+  __device__ Place(const Shape& g, unsigned tile) {
+    const unsigned down = (int(g.height) + TILE - 1) / TILE;
+    const unsigned across = (int(g.width) + TILE - 1) / TILE;
     n = tile / (down * across);
     top = tile / across % down * TILE;
     left = tile % across * TILE;
+    if (n >= g.batch) n = 0, top = 1 << 30;
   }
 };
 
-// Fills `to` with what `from` describes: CB channels from c0 on of the pixels of image n from
-// (top, left) on, zeros outside. A thread whose pixel is outside loads the image's first one.
-template <typename T, int THREADS, typename E, int SIDE>
-__device__ inline void stage(const Source& from, int n, int top, int left, int height, int width,
-                             int channels, int c0, Pixels<E, SIDE>& to) {
-  constexpr int ROWS = THREADS / 4 / SIDE;  // at a time
+// SIDE x SIDE pixels of CHANNELS channels in shared memory. Such PADs let a warp's loads meet every
+// bank equally often.
+template <typename T, int SIDE, int CHANNELS, int PAD>
+struct alignas(16) Pixels {
+  T v[SIDE][SIDE][CHANNELS + PAD];
+};
+
+// Fills `to` with what `from` describes: channels from c0 on of the pixels of a tile and, if SIDE
+// is larger, around it, zeros outside of the image. A thread whose pixel is outside loads the
+// image's first one.
+template <bool EXACT, typename T, int SIDE, int CHANNELS, int PAD>
+__device__ inline void stage(const Source& from, const Place& tile, int height, int width,
+                             int channels, int c0, Pixels<T, SIDE, CHANNELS, PAD>& to) {
+  const int top = tile.top - (SIDE - TILE) / 2, left = tile.left - (SIDE - TILE) / 2;
+  constexpr int QUADS = CHANNELS / 4, ROWS = THREADS / QUADS / SIDE;  // at a time
   constexpr int ROUNDS = (SIDE + ROWS - 1) / ROWS, COUNT = ROUNDS < 5 ? ROUNDS : 5;
-  const int lane = threadIdx.x % 4 * 4, c = c0 + lane, j = threadIdx.x / 4 % SIDE;
+  const int lane = threadIdx.x % QUADS * 4, c = c0 + lane, j = threadIdx.x / QUADS % SIDE;
   const bool within = unsigned(left + j) < unsigned(width) && c < channels;
-  const int64_t image = int64_t(n) * height * width * channels;
-  if (threadIdx.x / 4 >= ROWS * SIDE) return;
-  constexpr int ACROSS = sizeof(to.v[0]) / sizeof(Four<E>);
-  Four<E>* column = reinterpret_cast<Four<E>*>(&to) + j * PITCH<E> / 4 + threadIdx.x % 4;
+  const int64_t image = int64_t(tile.n) * height * width * channels;
+  if (threadIdx.x / QUADS >= ROWS * SIDE) return;
 #pragma unroll 1
-  for (int first = threadIdx.x / 4 / SIDE; first < SIDE; first += COUNT * ROWS) {
+  for (int first = threadIdx.x / QUADS / SIDE; first < SIDE; first += COUNT * ROWS) {
     int at[COUNT];
     bool inside[COUNT];
     Four<float> value[COUNT];
@@ -297,299 +334,353 @@ __device__ inline void stage(const Source& from, int n, int top, int left, int h
 #pragma unroll
     for (int r = 0; r < COUNT; r++) {
       const int i = first + r * ROWS;
-      for (int q = 0; q < 4; q++) value[r].v[q] = inside[r] ? value[r].v[q] : 0.0f;
-      if (i < SIDE) store4(column[i * ACROSS].v, value[r], 4, true);
+      for (int q = 0; q < 4; q++)
+        value[r].v[q] = inside[r] ? narrow<T, EXACT>(value[r].v[q]) : 0.0f;
+      if (i < SIDE) store4(&to.v[i][j][lane], value[r], 4, true);
     }
   }
 }
 
 // Likewise the max-pool of x around the tile `at`; what lies in the tile itself goes to `pooled`
 // and `argmax`, if not null.
-template <typename T, int THREADS, typename E, int SIDE>
-__device__ inline void stage_pooled(const Layer& g, const T* x, const Place& at, int c0, T* pooled,
-                                    uint8_t* argmax, Pixels<E, SIDE>& to) {
-  const int lane = threadIdx.x % 4 * 4, c = c0 + lane, left = g.c_in - c;
-  const bool wide = g.c_in % 4 == 0;
-  for (int pixel = threadIdx.x / 4; pixel < SIDE * SIDE; pixel += THREADS / 4) {
+template <bool EXACT, typename T, int SIDE, int CHANNELS, int PAD>
+__device__ inline void stage_pooled(const Shape& g, const T* x, const Place& at, int c0, T* pooled,
+                                    uint8_t* argmax, Pixels<T, SIDE, CHANNELS, PAD>& to) {
+  constexpr int QUADS = CHANNELS / 4;
+  const int height = g.height, width = g.width, channels = g.c_in, x_width = g.x_width;
+  const int lane = threadIdx.x % QUADS * 4, c = c0 + lane, left = channels - c;
+  const bool wide = channels % 4 == 0;
+  for (int pixel = threadIdx.x / QUADS; pixel < SIDE * SIDE; pixel += THREADS / QUADS) {
     const int i = pixel / SIDE, j = pixel % SIDE, row = at.top + i - 1, column = at.left + j - 1;
     Four<float> best = {}, index = {}, value[4];
-    if (row >= 0 && row < g.height && column >= 0 && column < g.width && left > 0) {
-      const T* corner =
-          x + ((int64_t(at.n) * g.x_height + 2 * row) * g.x_width + 2 * column) * g.c_in + c;
-      for (int q = 0; q < 4; q++)
-        value[q] = load4(corner + (int64_t(q / 2) * g.x_width + q % 2) * g.c_in, left, wide);
+    if (unsigned(row) < unsigned(height) && unsigned(column) < unsigned(width) && left > 0) {
+      const T* corner = x + ((at.n * g.x_height + 2 * row) * x_width + 2 * column) * channels + c;
+      const int places[4] = {0, channels, x_width * channels, (x_width + 1) * channels};
+      load4(corner, places, left, wide, value);
       best = value[0];
       for (int q = 1; q < 4; q++)
         for (int u = 0; u < 4; u++) take(value[q].v[u], q, best.v[u], index.v[u]);
       if (pooled && i >= 1 && i <= TILE && j >= 1 && j <= TILE) {
-        const int64_t out = ((int64_t(at.n) * g.height + row) * g.width + column) * g.c_in + c;
+        const int64_t out = ((at.n * g.height + row) * width + column) * channels + c;
         store4(pooled + out, best, left, wide);
         store4(argmax + out, index, left, wide);
       }
     }
-    store4(&to.v[i][j * PITCH<E> + lane], best, 4, true);
+    for (int q = 0; q < 4; q++) best.v[q] = narrow<T, EXACT>(best.v[q]);
+    store4(&to.v[i][j][lane], best, 4, true);
   }
 }
 
-// Fills `to` with the weights from channels c0 and k0 on, zeros where there are none. A
-// thread: nine taps of four c of a k; with FLIP, which transposes and rotates, of four k of a c.
-template <typename T, bool FLIP, typename E, int KB>
-__device__ inline void stage_weights(const Layer& g, const T* weight, int c0, int k0,
-                                     Weights<E, KB>& to) {
-  const int t = threadIdx.x;
-  const int c = FLIP ? t / (KB / 4) : t % 2 * 4 + t / (2 * KB) * 8;
-  const int k = FLIP ? t % (KB / 4) * 4 : t / 2 % KB;
-  const int row = FLIP ? c0 + c : k0 + k, column = FLIP ? k0 + k : c0 + c;
+// What a tile is made of, and the weights from CB to KB channels
+template <typename T>
+using Input = Pixels<T, TILE + 2, CB, 16 / int(sizeof(T))>;
+template <typename T, int KB>
+struct alignas(16) Weights {
+  T v[9][KB][CB + 16 / sizeof(T)];
+};
+
+// Fills `to` with the weights from channels c0 and k0 on, zeros where there are none. A thread has
+// four c of a k; with FLIP, which transposes and rotates, four k of a c.
+template <bool EXACT, bool FLIP, typename T, int KB>
+__device__ inline void stage_weights(const Shape& g, const T* __restrict__ weight, int c0, int k0,
+                                     Weights<T, KB>& to) {
+  constexpr int OF_TAP = KB * CB / 4, TAPS = THREADS / OF_TAP;  // of threads; at a time
+  constexpr int ROUNDS = (9 + TAPS - 1) / TAPS;
   const int rows = FLIP ? g.c_in : g.c_out, columns = FLIP ? g.c_out : g.c_in;
+  const int first = threadIdx.x / OF_TAP, quad = threadIdx.x % OF_TAP;
+  const int c = FLIP ? quad % CB : quad % (CB / 4) * 4;
+  const int k = FLIP ? quad / CB * 4 : quad / (CB / 4);
+  const int row = FLIP ? c0 + c : k0 + k, column = FLIP ? k0 + k : c0 + c;
   const bool inside = row < rows && column < columns;
-  E* first = &to.v[to.at(c, 0, k)];
-  int at[9];
-  Four<float> value[9] = {};
+  int at[ROUNDS];
+  Four<float> value[ROUNDS];
 #pragma unroll
-  for (int tap = 0; tap < 9; tap++) at[tap] = (FLIP ? 8 - tap : tap) * columns;
-  if (inside)
-    load4(weight + int64_t(row) * 9 * columns + column, at, columns - column, columns % 4 == 0,
-          value);
+  for (int r = 0; r < ROUNDS; r++) {
+    const int tap = first + r * TAPS < 9 ? first + r * TAPS : 8;
+    at[r] = (FLIP ? 8 - tap : tap) * columns;
+  }
+  load4(weight + (inside ? int64_t(row) * 9 * columns + column : 0), at,
+        inside ? columns - column : 0, inside && columns % 4 == 0, value);
 #pragma unroll
-  for (int tap = 0; tap < 9; tap++) {
-    if (FLIP != to.BY_C) store4(&first[to.at(0, tap, 0)], value[tap], 4, true);
-    for (int q = 0; FLIP == to.BY_C && q < 4; q++)
-      first[to.at(FLIP ? 0 : q, tap, FLIP ? q : 0)] = from_float<E>(value[tap].v[q]);
+  for (int r = 0; r < ROUNDS; r++) {
+    const int tap = first + r * TAPS;
+    if (tap >= 9) continue;
+    for (int q = 0; q < 4; q++) value[r].v[q] = narrow<T, EXACT>(value[r].v[q]);
+    if (!FLIP) store4(&to.v[tap][k][c], value[r], 4, true);
+    for (int q = 0; FLIP && q < 4; q++) to.v[tap][k + q][c] = from_float<T>(value[r].v[q]);
   }
 }
 
-// sum[p].v[q] += the convolution of the staged channels, for the outputs (row, column + p) of the
-// tile and channels k + q, where row, column and k are by threadIdx.x as in conv_tiled
-template <int S, int IN, int KB>
-__device__ inline void multiply(const Pixels<float, IN>& xs, Weights<float, KB>& ws, int channels,
-                                Four<float> (&sum)[4]) {
-  const int k = threadIdx.x % (KB / 4) * 4, pixel = threadIdx.x / (KB / 4);
-  const int row = pixel / 2 * S, column = pixel % 2 * 4 * S;
+// sum[n][m] += what mma leaves of the staged channels' convolution, for rows 2 m and 2 m + 1 of the
+// tile, whose pixels are mma's rows, and eight channels from k + 8 n on. A `step` takes 32 bytes of
+// the channels; the registers of an input row serve three taps.
+template <typename T, bool EXACT, int KB>
+__device__ inline void convolve(const Input<T>& xs, const Weights<T, KB>& ws, int k,
+                                float (&sum)[2][4][4]) {
+  constexpr int MATRIX = 16 / sizeof(T);  // channels
+  const int lane = threadIdx.x % 32, q = lane / 8;
 #pragma unroll 1
-  for (int c = 0; c < channels; c += 4)
+  for (int step = 0; step < CB / (2 * MATRIX); step++)
 #pragma unroll
-    for (int a = 0; a < 3; a++) {
-      Four<float> line[3 * S + 3];  // [j].v[c]
-      for (int j = 0; j < 3 * S + 3; j++)
-        line[j] = load4(&xs.v[row + a][(column + j) * PITCH<float> + c], 4, true);
-      for (int q = 0; q < 12; q++) {
-        const int b = q / 4, u = q % 4;
-        const Four<float> w = load4(&ws.v[ws.at(c + u, 3 * a + b, k)], 4, true);
-        for (int p = 0; p < 4; p++)
-          for (int r = 0; r < 4; r++) sum[p].v[r] += line[p * S + b].v[u] * w.v[r];
+    for (int b = 0; b < 3; b++) {
+      Operand<4> lines[TILE / 2 + 1];  // two rows each: the first half of the channels, the second
+#pragma unroll
+      for (int r = 0; r <= TILE / 2; r++) {
+        load_matrices<false>(&xs.v[2 * r + q % 2][lane % 8 + b][(2 * step + q / 2) * MATRIX],
+                             lines[r].v);
+        split<EXACT>(lines[r]);
+      }
+#pragma unroll
+      for (int a = 0; a < 3; a++) {
+        Operand<4> w;
+        load_matrices<false>(
+            &ws.v[3 * a + b][k + q / 2 * 8 + lane % 8][(2 * step + q % 2) * MATRIX], w.v);
+        split<EXACT>(w);
+#pragma unroll
+        for (int m = 0; m < TILE / 2; m++)
+#pragma unroll
+          for (int n = 0; n < 2; n++) {
+            const int odd = a % 2;  // then a row of one pair and one of the next
+            const Operand<4>&up = lines[m + a / 2], &down = lines[m + (a + 1) / 2];
+            multiply<T, EXACT>(
+                {{up.v[odd], down.v[1 - odd], up.v[2 + odd], down.v[3 - odd]},
+                 {up.rest[odd], down.rest[1 - odd], up.rest[2 + odd], down.rest[3 - odd]}},
+                {{w.v[2 * n], w.v[2 * n + 1]}, {w.rest[2 * n], w.rest[2 * n + 1]}}, sum[n][m]);
+          }
       }
     }
 }
 
-#ifndef CUDA_EMULATION
-// d += a b for 16 x 16 times 16 x 8, in one instruction of a warp. Each register of a and b holds
-// two neighbours. With g = lane / 4 and t = lane % 4:
-//   a: {row g, columns 2t, 2t+1}, {row g+8, these}, {row g, columns 2t+8, 2t+9}, {row g+8, these}
-//   b: {rows 2t, 2t+1 of column g}, {rows 2t+8, 2t+9}
-//   d: row g, columns 2t and 2t+1; row g+8, these
-template <typename T>
-__device__ inline void mma(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&d)[4]) {
-#define MMA(type)                                                                     \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32"          \
-               " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"               \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
-  if constexpr (std::is_same_v<T, __half>)
-    MMA("f16");
-  else
-    MMA("bf16");
-}
-#endif
-
-// Likewise on tensor cores: a warp has four rows of the tile and 16 channels, an mma two rows (its
-// rows are the pixels), 8 channels and a tap. sum[2 m + n] is what mma of rows m and channels n
-// leaves; `collect` makes the above of it.
-template <int S, typename T, int IN, int KB>
-__device__ inline void multiply(const Pixels<T, IN>& xs, Weights<T, KB>& ws, int,
-                                Four<float> (&sum)[4]) {
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, c = threadIdx.x % 4 * 2;
-  const int row = warp % 2 * 4, k = warp / 2 * 16 + g;
-#pragma unroll
-  for (int tap = 0; tap < 9; tap++) {
-    uint32_t a[2][4], b[2][2];
-    for (int m = 0; m < 2; m++)
-      for (int q = 0; q < 4; q++)
-        a[m][q] = *reinterpret_cast<const uint32_t*>(
-            &xs.v[(row + 2 * m + q % 2) * S + tap / 3]
-                 [(g * S + tap % 3) * PITCH<T> + q / 2 * 8 + c]);
-    for (int n = 0; n < 2; n++)
-      for (int q = 0; q < 2; q++)
-        b[n][q] = *reinterpret_cast<const uint32_t*>(&ws.v[ws.at(q * 8 + c, tap, k + 8 * n)]);
-    for (int m = 0; m < 2; m++)
-      for (int n = 0; n < 2; n++) mma<T>(a[m], b[n], sum[2 * m + n].v);
-  }
-}
-
-template <int KB>
-__device__ inline void collect(float* scratch, Four<float> (&sum)[4]) {
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  for (int q = 0; q < 16; q++) {
-    const int row = warp % 2 * 4 + q / 8 * 2 + q % 4 / 2;
-    const int k = warp / 2 * 16 + q / 4 % 2 * 8 + 2 * t + q % 2;
-    scratch[(row * TILE + g) * (KB + 4) + k] = sum[q / 4].v[q % 4];
-  }
-  __syncthreads();
-  const int k = threadIdx.x % (KB / 4) * 4, pixel = threadIdx.x / (KB / 4) * 4;
-  for (int p = 0; p < 4; p++) sum[p] = load4(&scratch[(pixel + p) * (KB + 4) + k], 4, true);
-  __syncthreads();
-}
-
-// grid: (tiles, c_out / KB); block: 16 * KB / 4 threads. POOL: x is pooled on the way, and the
-// blocks of the first KB channels write `pooled` and `argmax`. FLIP: weight is (c_in,3,3,c_out),
-// read transposed and rotated. With `unpool` (the forward's argmax), y is the pooling's input.
-// `partial`, if not null: a Part a channel and tile, of y for its moments; or, where `before`
-// describes relu(normalised x), y is the gradient behind that ReLU and the sums are of y and
-// y (x - center).
-template <typename T, int KB, int S, bool POOL, bool FLIP>
-__global__ void __launch_bounds__(4 * KB, 128 / KB) conv_tiled(
-    Layer g, Source source, const T* __restrict__ weight, T* __restrict__ y,
+// grid: (tiles / TILES, c_out / KB); a warp: a tile and 16 channels. POOL: x is pooled on the way,
+// and the blocks of the first KB channels write `pooled` and `argmax`. FLIP: weight is
+// (c_in,3,3,c_out), read transposed and rotated. With `unpool` (the forward's argmax), y is the
+// pooling's input. `partial`, if not null: a Part a channel and tile, of y for its moments; or,
+// where `before` describes relu(normalised x), y is the gradient behind that ReLU and the sums are
+// of y and y (x - center).
+template <typename T, bool EXACT, int KB, bool POOL, bool FLIP>
+__global__ void __launch_bounds__(THREADS, EXACT ? 3 : 4) conv_tiled(
+    Shape g, Source source, const T* __restrict__ weight, T* __restrict__ y,
     T* __restrict__ pooled, uint8_t* __restrict__ argmax, const uint8_t* __restrict__ unpool,
     Source extra, Source before, float* __restrict__ partial) {
-  constexpr int IN = (TILE - 1) * S + 3, THREADS = 4 * KB;
+  constexpr int TILES = 64 / KB;
   __shared__ struct {
-    Pixels<Factor<T>, IN> xs;
-    Weights<Factor<T>, KB> ws;
+    Input<T> xs[TILES];
+    Weights<T, KB> ws;
   } staged;
-  const Place at(g, blockIdx.x);
-  const int k0 = blockIdx.y * KB, k = threadIdx.x % (KB / 4) * 4;
-  const int pixel = threadIdx.x / (KB / 4), row = pixel / 2, column = pixel % 2 * 4;
-  const bool wide_out = g.c_out % 4 == 0;
-  Four<float> sum[4] = {};  // [pixel].v[k]
+  const int height = g.height, width = g.width, c_in = g.c_in, c_out = g.c_out;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int k0 = blockIdx.y * KB, k = warp / TILES * 16;
+  float sum[2][4][4] = {};
 
-  for (int c0 = 0; c0 < g.c_in; c0 += CB) {
-    const int top = at.top * S - 1, left = at.left * S - 1;
-    if (POOL)
-      stage_pooled<T, THREADS>(g, static_cast<const T*>(source.x), at, c0,
-                               blockIdx.y ? nullptr : pooled, argmax, staged.xs);
-    else
-      stage<T, THREADS>(source, at.n, top, left, g.height, g.width, g.c_in, c0, staged.xs);
-    stage_weights<T, FLIP>(g, weight, c0, k0, staged.ws);
-    __syncthreads();
-    multiply<S>(staged.xs, staged.ws, g.c_in - c0 < CB ? g.c_in - c0 : CB, sum);
-    __syncthreads();
-  }
-  float* scratch = reinterpret_cast<float*>(&staged);  // which is free now
-  if (sizeof(Factor<T>) == 2) collect<KB>(scratch, sum);
-
-  const int i = at.top + row, j = at.left + column, left = g.c_out - k0 - k;
-  const int64_t image = int64_t(at.n) * g.y_height * g.y_width * g.c_out;
-  int out[4];  // of this thread's pixels, in the image; the first one's for those outside
-  bool inside[4];
-  for (int p = 0; p < 4; p++) {
-    inside[p] = i < g.y_height && j + p < g.y_width && left > 0;
-    out[p] = inside[p] ? (i * g.y_width + j + p) * g.c_out + k0 + k : 0;
-  }
-  const int c = left > 0 ? k0 + k : 0;
-  Four<float> value[4], center = {};
-  if (extra.x) {
-    fetch4<T>(extra, image, out, c, g.c_out, wide_out, value);
-    for (int p = 0; p < 4; p++)
-      for (int q = 0; q < 4; q++) sum[p].v[q] += value[p].v[q];
-  }
-  if (before.x) {
-    const Scaling norm(before.norm, SCALE, SHIFT, c, g.c_out, wide_out);
-    center = norm.center;
-    load4(static_cast<const T*>(before.x) + image, out, left, wide_out, value);
-    for (int p = 0; p < 4; p++)
-      for (int q = 0; q < 4; q++)
-        sum[p].v[q] = norm(value[p].v[q], q) <= 0 ? 0.0f : sum[p].v[q];
-  }
-#pragma unroll  // or sum[] would not stay in registers
-  for (int p = 0; p < 4; p++) {
-    for (int q = 0; q < 4; q++) sum[p].v[q] = to_float(from_float<T>(sum[p].v[q]));  // as stored
-    if (!inside[p]) continue;
-    if (!unpool) {
-      store4(y + image + out[p], sum[p], left, wide_out);
-      continue;
-    }
-    const Four<float> place = load4(unpool + image + out[p], left, wide_out);
-#pragma unroll
-    for (int q = 0; q < 4; q++) {
-      Four<float> here;
-      for (int u = 0; u < 4; u++) here.v[u] = place.v[u] == q ? sum[p].v[u] : 0.0f;
-      const int64_t line = int64_t(at.n) * g.x_height + 2 * i + q / 2;
-      store4(y + (line * g.x_width + 2 * (j + p) + q % 2) * g.c_out + c, here, left, wide_out);
-    }
-  }
-  if (!partial) return;
-
-  // Sums about the first pixel's y
-  if (pixel == 0) store4(&scratch[k], before.x ? Four<float>{} : sum[0], 4, true);
-  __syncthreads();
-  const Four<float> pivot = load4(&scratch[k], 4, true);
-  __syncthreads();
-  float mine[8] = {};  // of four channels, then of their products
-#pragma unroll
-  for (int p = 0; p < 4; p++)
-    for (int q = 0; q < 4; q++) {
-      const float d = inside[p] ? sum[p].v[q] - pivot.v[q] : 0.0f;
-      mine[q] += d;
-      mine[4 + q] += d * (before.x ? value[p].v[q] - center.v[q] : d);
-    }
-  sum_rows(mine, scratch, 16, KB / 4);
-  const int high = g.y_height - at.top, across = g.y_width - at.left;
-  const int pixels = (high < TILE ? high : TILE) * (across < TILE ? across : TILE);
-  if (pixel == 0) write_parts(partial, c, left, pixels, pivot, mine);
-}
-
-// grid: (shares, c_in / 16, c_out / 16); block: 128 threads, each nine taps of one c and four k in
-// half the rows of `share` tiles. partial: (shares, c_in / 16, c_out / 16, 9 taps, 16 c, 16 k)
-template <typename T, int S>
-__global__ void __launch_bounds__(128, S == 1 ? 4 : 3) grad_weight_partial(
-    Layer g, Source x, Source grad_y, int64_t share, float* __restrict__ partial) {
-  constexpr int IN = (TILE - 1) * S + 3;
-  __shared__ union {
-    struct {
-      Pixels<float, IN> xs;
-      Pixels<float, TILE> gs;
-    } staged;
-    float found[36 * 128];
-  } shared;
-  auto& xs = shared.staged.xs;
-  auto& gs = shared.staged.gs;
-  const int c0 = blockIdx.y * CB, k0 = blockIdx.z * CB;
-  const int half = threadIdx.x / 64, c = threadIdx.x % 64 / 4, k = threadIdx.x % 4 * 4;
-  const int64_t tiles = tile_count(g.batch, g.y_height, g.y_width), begin = blockIdx.x * share;
-  float sum[36] = {};  // [4 tap + k]
-  for (int64_t tile = begin; tile < tiles && tile < begin + share; tile++) {
-    const Place at(g, tile);
-    const int top = at.top * S - 1, left = at.left * S - 1;
-    stage<T, 128>(x, at.n, top, left, g.height, g.width, g.c_in, c0, xs);
-    stage<T, 128>(grad_y, at.n, at.top, at.left, g.y_height, g.y_width, g.c_out, k0, gs);
-    __syncthreads();
+  for (int c0 = 0; c0 < c_in; c0 += CB) {
 #pragma unroll 1
-    for (int i = half * TILE / 2; i < (half + 1) * TILE / 2; i++) {
-      float window[3][3];  // [b][a]; column b of output column j is slot (S j + b) % 3
-      for (int b = 0; b < 3 - S; b++)
-        for (int a = 0; a < 3; a++) window[b][a] = xs.v[i * S + a][b * PITCH<float> + c];
+    for (int t = 0; t < TILES; t++) {
+      const Place at(g, blockIdx.x * TILES + t);
+      if (POOL)
+        stage_pooled<EXACT>(g, static_cast<const T*>(source.x), at, c0,
+                            blockIdx.y ? nullptr : pooled, argmax, staged.xs[t]);
+      else
+        stage<EXACT>(source, at, height, width, c_in, c0, staged.xs[t]);
+    }
+    stage_weights<EXACT, FLIP>(g, weight, c0, k0, staged.ws);
+    __syncthreads();
+    // mma cuts bits off when it adds: long sums are made of short ones
+    float part[2][4][4] = {};
+    convolve<T, EXACT>(staged.xs[warp % TILES], staged.ws, k, EXACT ? part : sum);
+    for (int e = 0; EXACT && e < 32; e++)
+      sum[e / 16][e / 4 % 4][e % 4] += part[e / 16][e / 4 % 4][e % 4];
+    __syncthreads();
+  }
+
+  const unsigned tile = blockIdx.x * TILES + warp % TILES;
+  const Place at(g, tile);
+  const int odd = lane % 2, column = at.left + lane / 4;
+  const int64_t image = int64_t(at.n) * height * width * c_out;
 #pragma unroll
-      for (int j = 0; j < TILE; j++) {
-        for (int b = 3 - S; b < 3; b++)
-          for (int a = 0; a < 3; a++)
-            window[(S * j + b) % 3][a] = xs.v[i * S + a][(S * j + b) * PITCH<float> + c];
-        const Four<float> gradient = load4(&gs.v[i][j * PITCH<float> + k], 4, true);
-        for (int tap = 0; tap < 9; tap++)
-          for (int q = 0; q < 4; q++)
-            sum[4 * tap + q] += window[(S * j + tap % 3) % 3][tap / 3] * gradient.v[q];
+  for (int n = 0; n < 2; n++) {
+    // Of two rows' two channels each, neighbouring lanes make one row's four
+    const int c = k0 + k + 8 * n + lane % 4 / 2 * 4, left = c_out - c, some = left > 0 ? c : 0;
+    const bool wide = c_out % 4 == 0;
+    Four<float> value[4], other[4], center = {};
+    int out[4];  // of this thread's pixels, in the image; the first one's for those outside
+    bool inside[4];
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+      const float(&d)[4] = sum[n][m];
+      const float first = __shfl_xor_sync(~0u, odd ? d[0] : d[2], 1);
+      const float second = __shfl_xor_sync(~0u, odd ? d[1] : d[3], 1);
+      value[m] = odd ? Four<float>{first, second, d[2], d[3]}
+                     : Four<float>{d[0], d[1], first, second};
+      const int row = at.top + 2 * m + odd;
+      inside[m] = row < height && column < width && left > 0;
+      out[m] = inside[m] ? (row * width + column) * c_out + c : 0;
+    }
+    if (extra.x) {
+      fetch4<T>(extra, image, out, some, c_out, wide, other);
+      for (int m = 0; m < 4; m++)
+        for (int q = 0; q < 4; q++) value[m].v[q] += other[m].v[q];
+    }
+    if (before.x) {
+      const Scaling norm(before.norm, SCALE, SHIFT, some, c_out, wide);
+      center = norm.center;
+      load4(static_cast<const T*>(before.x) + image, out, left, wide, other);
+      for (int m = 0; m < 4; m++)
+        for (int q = 0; q < 4; q++)
+          value[m].v[q] = norm(other[m].v[q], q) <= 0 ? 0.0f : value[m].v[q];
+    }
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+      for (int q = 0; q < 4; q++)  // as stored
+        value[m].v[q] = to_float(from_float<T>(value[m].v[q]));
+      if (!inside[m]) continue;
+      if (!unpool) {
+        store4(y + image + out[m], value[m], left, wide);
+        continue;
+      }
+      const Four<float> place = load4(unpool + image + out[m], left, wide);
+#pragma unroll
+      for (int q = 0; q < 4; q++) {
+        Four<float> here;
+        for (int u = 0; u < 4; u++) here.v[u] = place.v[u] == q ? value[m].v[u] : 0.0f;
+        const int64_t line = at.n * g.x_height + 2 * (at.top + 2 * m + odd) + q / 2;
+        store4(y + (line * g.x_width + 2 * column + q % 2) * c_out + c, here, left, wide);
       }
     }
-    __syncthreads();
+    if (!partial) continue;
+
+    // Sums about the first pixel's y
+    Four<float> pivot = {};
+    float mine[8] = {};  // of four channels, then of their products
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+      if (!before.x) pivot.v[q] = __shfl_sync(~0u, value[0].v[q], lane & 2);
+      for (int m = 0; m < 4; m++) {
+        const float d = inside[m] ? value[m].v[q] - pivot.v[q] : 0.0f;
+        mine[q] += d;
+        mine[4 + q] += d * (before.x ? other[m].v[q] - center.v[q] : d);
+      }
+      for (int of = q; of < 8; of += 4)  // all lanes of the same channels
+        for (int by : {1, 4, 8, 16}) mine[of] += __shfl_xor_sync(~0u, mine[of], by);
+    }
+    const int tiles = tile_count(g), high = height - at.top, across = width - at.left;
+    const int pixels = (high < TILE ? high : TILE) * (across < TILE ? across : TILE);
+    if ((lane & ~2) == 0 && tile < tiles)
+      write_parts(partial, tiles, tile, c, left, pixels, pivot, mine);
   }
-  sum_rows(sum, shared.found, 2, 64);
-  const int64_t group = (int64_t(blockIdx.x) * gridDim.y + blockIdx.y) * gridDim.z + blockIdx.z;
-  for (int tap = 0; tap < 9 && half == 0; tap++)
-    store4(&partial[group * GROUP + (tap * CB + c) * CB + k],
-           {sum[4 * tap], sum[4 * tap + 1], sum[4 * tap + 2], sum[4 * tap + 3]}, 4, true);
 }
 
-// grid: (GROUP / 32, c_in / 16, c_out / 16); block: 32 weights x 8 rows of shares
+// What mma makes of 8 neighbouring pixels of a row, of half types in each of two rows, and 16
+// channels, from `first` on: as a, whose rows are channels, or as b for two times eight channels.
+template <bool EXACT, bool AS_A, typename T, int SIDE, int CHANNELS, int PAD>
+__device__ inline void load_pixels(const Pixels<T, SIDE, CHANNELS, PAD>& from, int row, int column,
+                                   int c, Operand<4>& to) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (sizeof(T) == 2) {
+    const int q = lane / 8, down = AS_A ? q / 2 : q % 2, right = AS_A ? q % 2 : q / 2;
+    load_matrices<true>(&from.v[row + down][column + lane % 8][c + 8 * right], to.v);
+  } else {
+    for (int q = 0; q < 4; q++) {
+      const int pixel = lane % 4 + 4 * (AS_A ? q / 2 : q % 2);
+      const int right = lane / 4 + 8 * (AS_A ? q % 2 : q / 2);
+      to.v[q] = __float_as_uint(from.v[row][column + pixel][c + right]);
+    }
+    split<EXACT>(to);
+  }
+}
+
+// grid: (shares, c_in / (16 Q), c_out / (16 Q)). A warp: nine taps of 16 c x 16 k, for Q = 2 a
+// quadrant of 32 x 32, for Q = 1 of half a tile. A block: `share` tiles. partial: (shares,
+// c_in / 16, c_out / 16, 9 taps, 16 c, 16 k)
+template <typename T, bool EXACT, int Q>
+__global__ void __launch_bounds__(THREADS, 2) grad_weight_partial(
+    Shape g, Source x, Source grad_y, int share, float* __restrict__ partial) {
+  constexpr int TILES = Q == 1 ? 2 : 1, ROWS = Q == 1 ? TILE / 2 : TILE;
+  constexpr int LINES = 4 / sizeof(T);  // rows of the image in an mma
+  __shared__ union {
+    struct {
+      Pixels<T, TILE + 2, 16 * Q, 8> xs[TILES];
+      Pixels<T, TILE, 16 * Q, 8> gs[TILES];
+    } staged;
+    float found[Q == 1 ? 2 * GROUP : 1];
+  } shared;
+  const int height = g.height, width = g.width, c_in = g.c_in, c_out = g.c_out;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int top = Q == 1 ? warp % 2 * ROWS : 0;
+  const int c = Q == 1 ? 0 : warp / 2 * 16, k = Q == 1 ? 0 : warp % 2 * 16;
+  const auto& xs = shared.staged.xs[Q == 1 ? warp / 2 : 0];
+  const auto& gs = shared.staged.gs[Q == 1 ? warp / 2 : 0];
+  const int64_t group = (int64_t(blockIdx.x) * gridDim.y * Q + blockIdx.y * Q + c / 16) *
+                        gridDim.z * Q + blockIdx.z * Q + k / 16;
+  float* to = partial + group * GROUP;
+  const int tiles = tile_count(g), begin = blockIdx.x * share;
+  const int end = tiles - begin < share ? tiles : begin + share;
+  // mma cuts bits off when it adds: long sums are made of short ones
+  const int at_once = EXACT ? 8 / Q : share;
+  for (int first = begin; first < end; first += at_once) {
+    float sum[9][2][4] = {};
+    for (int tile = first; tile < end && tile < first + at_once; tile += TILES) {
+#pragma unroll 1
+      for (int t = 0; t < TILES; t++) {
+        const Place at(g, tile + t < end ? tile + t : tiles);
+        stage<EXACT>(x, at, height, width, c_in, blockIdx.y * 16 * Q, shared.staged.xs[t]);
+        stage<EXACT>(grad_y, at, height, width, c_out, blockIdx.z * 16 * Q, shared.staged.gs[t]);
+      }
+      __syncthreads();
+      Operand<4> window[3][TILE + 2];  // by shift; LINES rows each
+#pragma unroll
+      for (int b = 0; b < 3; b++)
+        for (int line = 0; line < 2; line += LINES)
+          load_pixels<EXACT, true>(xs, top + line, b, c, window[b][line / LINES]);
+#pragma unroll
+      for (int row = 0; row < ROWS; row += LINES) {
+        Operand<4> gradient;
+        load_pixels<EXACT, false>(gs, top + row, 0, k, gradient);
+#pragma unroll
+        for (int b = 0; b < 3; b++)
+          load_pixels<EXACT, true>(xs, top + row + 2, b, c, window[b][(row + 2) / LINES]);
+#pragma unroll
+        for (int tap = 0; tap < 9; tap++) {
+          Operand<4> pixels;
+          for (int q = 0; q < 4; q++) {
+            const int at = (row + tap / 3) * 4 / LINES + q;
+            pixels.v[q] = window[tap % 3][at / 4].v[at % 4];
+            pixels.rest[q] = window[tap % 3][at / 4].rest[at % 4];
+          }
+#pragma unroll
+          for (int n = 0; n < 2; n++)
+            multiply<T, EXACT>(pixels,
+                               {{gradient.v[2 * n], gradient.v[2 * n + 1]},
+                                {gradient.rest[2 * n], gradient.rest[2 * n + 1]}}, sum[tap][n]);
+        }
+      }
+      __syncthreads();
+    }
+    // Q = 1: the four warps' sums, in a fixed order
+    for (int half = 2; Q == 1 && half; half /= 2) {
+#pragma unroll
+      for (int e = 0; e < 72 && warp / half == 1; e++)
+        shared.found[((warp - half) * 72 + e) * 32 + lane] = sum[e / 8][e / 4 % 2][e % 4];
+      __syncthreads();
+#pragma unroll
+      for (int e = 0; e < 72 && warp < half; e++)
+        sum[e / 8][e / 4 % 2][e % 4] += shared.found[(warp * 72 + e) * 32 + lane];
+      __syncthreads();
+    }
+#pragma unroll
+    for (int e = 0; e < 72 && (Q == 2 || warp == 0); e += 2) {
+      const int row = lane / 4 + e % 4 / 2 * 8, column = e / 4 % 2 * 8 + lane % 4 * 2;
+      float* const at = to + (e / 8 * 16 + row) * 16 + column;
+      const float* of = &sum[e / 8][e / 4 % 2][e % 4];
+      for (int q = 0; q < 2; q++) at[q] = first == begin ? of[q] : at[q] + of[q];
+    }
+  }
+}
+
+// grid: (GROUP / 32, groups of c_in, of c_out); block: 32 weights x 8 rows of shares. nhwc: whether
+// grad_weight is (c_out,3,3,c_in), or (c_out,c_in,3,3)
 template <typename T>
-__global__ void grad_weight_sum(Layer g, int shares, const float* partial, T* grad_weight) {
+__global__ void grad_weight_sum(Shape g, int shares, const float* partial, bool nhwc,
+                                T* grad_weight) {
   __shared__ float found[256];
   const int row = threadIdx.x / 32, at = blockIdx.x * 32 + threadIdx.x % 32;
   const int64_t group = int64_t(blockIdx.y) * gridDim.z + blockIdx.z;
@@ -599,9 +690,9 @@ __global__ void grad_weight_sum(Layer g, int shares, const float* partial, T* gr
   for (int share = row; share < shares; share += 8)
     sum[0] += partial[(share * groups + group) * GROUP + at];
   sum_rows(sum, found, 8, 32);
-  const int k = blockIdx.z * CB + at % CB, c = blockIdx.y * CB + at / CB % CB, tap = at / CB / CB;
+  const int k = blockIdx.z * 16 + at % 16, c = blockIdx.y * 16 + at / 16 % 16, tap = at / 256;
   if (row == 0 && k < g.c_out && c < g.c_in)
-    grad_weight[(int64_t(k) * g.c_in + c) * 9 + tap] = from_float<T>(sum[0]);
+    grad_weight[k * g.c_in * 9 + (nhwc ? tap * g.c_in + c : c * 9 + tap)] = from_float<T>(sum[0]);
 }
 
 // Shares pixels among blocks of 256 threads: a thread takes four channels, `quads` of them (of all,
@@ -613,9 +704,9 @@ struct Quads {
 };
 
 // to = relu(normalised y + r), where r may be normalised, too; or, without norm, to = `from`
+template <typename T>
 __global__ void elementwise(int64_t pixels, int channels, Source from, const float* norm,
-                            const float* __restrict__ r, const float* norm_r,
-                            float* __restrict__ to) {
+                            const T* __restrict__ r, const float* norm_r, T* __restrict__ to) {
   const Quads by(channels);
   const int row = threadIdx.x / by.quads;
   const int c = (blockIdx.y * by.quads + threadIdx.x % by.quads) * 4, left = channels - c;
@@ -623,7 +714,7 @@ __global__ void elementwise(int64_t pixels, int channels, Source from, const flo
   const bool wide = channels % 4 == 0;
   if (row >= by.rows || pixel >= pixels || left <= 0) return;
   Four<float> value[1];
-  fetch4<float>(from, at, {0}, c, channels, wide, value);
+  fetch4<T>(from, at, {0}, c, channels, wide, value);
   if (norm) {
     const Scaling of_y(norm, SCALE, SHIFT, c, channels, wide);
     for (int q = 0; q < 4; q++) value[0].v[q] = of_y(value[0].v[q], q);
@@ -642,8 +733,9 @@ __global__ void elementwise(int64_t pixels, int channels, Source from, const flo
 
 // grid: (parts, channels / 1024); a block: `share` pixels. A Part a channel and block, of y for its
 // moments; or, with `grad`, of the gradient and its products with y - center
-__global__ void column_sums(int64_t pixels, int64_t share, int channels, Source grad,
-                            const float* y, const float* norm, float* partial) {
+template <typename T>
+__global__ void column_sums(int64_t pixels, int64_t share, int channels, Source grad, const T* y,
+                            const float* norm, float* partial) {
   __shared__ float found[8 * 256];
   const Quads by(channels);
   const int row = threadIdx.x / by.quads;
@@ -658,7 +750,7 @@ __global__ void column_sums(int64_t pixels, int64_t share, int channels, Source 
   for (int64_t p = begin + row; p < end && row < by.rows && left > 0; p += by.rows) {
     const Four<float> v = load4(y + p * channels + c, left, wide);
     Four<float> value[1] = {v};
-    if (grad.x) fetch4<float>(grad, p * channels + c, {0}, c, channels, wide, value);
+    if (grad.x) fetch4<T>(grad, p * channels + c, {0}, c, channels, wide, value);
     for (int q = 0; q < 4; q++) {
       const float d = value[0].v[q] - pivot.v[q];
       mine[q] += d;
@@ -666,7 +758,7 @@ __global__ void column_sums(int64_t pixels, int64_t share, int channels, Source 
     }
   }
   sum_rows(mine, found, by.rows, by.quads);
-  if (row == 0) write_parts(partial, c, left, end - begin, pivot, mine);
+  if (row == 0) write_parts(partial, gridDim.x, blockIdx.x, c, left, end - begin, pivot, mine);
 }
 
 // A block of 256 threads a channel: pixels, sum and sum of products of all parts about the first
@@ -703,173 +795,173 @@ __global__ void back_rows(int64_t parts, int channels, const float* partial, con
     write_back(sums[1], sums[2], sums[0], norm, gamma, blockIdx.x, channels, back);
 }
 
-const char* failure() {  // of the launches so far, or null
+// Of grad_weight_partial: quadrants of a block, in both directions; its blocks for all weights
+int quadrants(const Shape& g) { return g.c_in > 16 && g.c_out > 16 ? 2 : 1; }
+dim3 weight_blocks(const Shape& g, int64_t shares) {
+  const int64_t by = 16 * quadrants(g);
+  return dim3(shares, (g.c_in + by - 1) / by, (g.c_out + by - 1) / by);
+}
+// So many that there are BLOCKS blocks, or one for each group of weights if these are more: what
+// they leave in memory is 10 MB at most, or as large as the weights.
+int64_t tiles_a_share(const Shape& g) {
+  const dim3 blocks = weight_blocks(g, 1);
+  const int64_t shares = std::max(1u, BLOCKS / (blocks.y * blocks.z));
+  const int64_t share = (tile_count(g) + shares - 1) / shares;
+  return quadrants(g) == 1 ? share + share % 2 : share;  // a block takes two at once
+}
+int64_t shares(const Shape& g) {
+  const int64_t share = tiles_a_share(g);
+  return share ? (tile_count(g) + share - 1) / share : 0;
+}
+
+// function(what the kernels are made for)
+template <typename Element, bool IS_EXACT>
+struct Kind {
+  using T = Element;
+  static constexpr bool EXACT = IS_EXACT;
+};
+template <typename F>
+const char* by_type(Type type, F function) {
+  if (type == FLOAT32)
+    function(Kind<float, true>{});
+  else if (type == TF32)
+    function(Kind<float, false>{});
+  else if (type == FLOAT16)
+    function(Kind<__half, false>{});
+  else
+    function(Kind<__nv_bfloat16, false>{});
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-unsigned blocks(int64_t threads) { return (threads + 255) / 256; }
-
-int64_t groups(const Layer& g) {
-  return int64_t((g.c_in + CB - 1) / CB) * ((g.c_out + CB - 1) / CB);
-}
-// So many that grad_weight_partial has BLOCKS blocks, or one for each group of weights if these are
-// more: what it leaves in memory is 5 MB, or as large as the weights.
-int64_t tiles_a_share(const Layer& g) {
-  const int64_t shares = std::max<int64_t>(1, BLOCKS / std::max<int64_t>(1, groups(g)));
-  return (tile_count(g.batch, g.y_height, g.y_width) + shares - 1) / shares;
-}
-int64_t shares(const Layer& g) {
-  const int64_t share = tiles_a_share(g);
-  return share ? (tile_count(g.batch, g.y_height, g.y_width) + share - 1) / share : 0;
-}
-
-template <typename T, int KB, int S, bool POOL, bool FLIP>
-void tiled(const Layer& g, const Source& x, const void* weight, void* y, void* pooled,
-           uint8_t* argmax, const uint8_t* unpool, const Source& extra, const Source& before,
-           float* partial, cudaStream_t stream) {
-  LAUNCH((conv_tiled<T, KB, S, POOL, FLIP>),
-         dim3(tile_count(g.batch, g.y_height, g.y_width), (g.c_out + KB - 1) / KB), dim3(4 * KB),
-         stream, g, x, static_cast<const T*>(weight), static_cast<T*>(y), static_cast<T*>(pooled),
-         argmax, unpool, extra, before, partial);
+template <bool POOL, bool FLIP>
+const char* convolution(const Launch& on, const Shape& g, const Source& x, const void* weight,
+                        void* y, void* pooled, uint8_t* argmax, const uint8_t* unpool,
+                        const Source& extra, const Source& before, float* partial) {
+  return by_type(on.type, [&](auto kind) {
+    using T = typename decltype(kind)::T;
+    constexpr bool EXACT = decltype(kind)::EXACT;
+    const unsigned kb = g.c_out > 16 ? 32 : 16, tiles = 64 / kb;
+    const auto kernel =
+        kb == 32 ? conv_tiled<T, EXACT, 32, POOL, FLIP> : conv_tiled<T, EXACT, 16, POOL, FLIP>;
+    LAUNCH(kernel, dim3((tile_count(g) + tiles - 1) / tiles, (g.c_out + kb - 1) / kb),
+           dim3(THREADS), on.stream, g, x, static_cast<const T*>(weight), static_cast<T*>(y),
+           static_cast<T*>(pooled), argmax, unpool, extra, before, partial);
+  });
 }
 
-template <typename T>
-void forward(const Layer& g, const Source& x, const void* weight, void* y, void* pooled,
-             uint8_t* argmax, const Affine& affine, float* partial, float* norm_y,
-             cudaStream_t stream) {
-  const bool pool = argmax != nullptr, wide = g.c_out > 16;
-  const auto run = pool ? (wide ? tiled<T, 32, 1, true, false> : tiled<T, 16, 1, true, false>)
-      : g.stride == 2 ? tiled<T, 32, 2, false, false>
-                      : (wide ? tiled<T, 32, 1, false, false> : tiled<T, 16, 1, false, false>);
-  run(g, x, weight, y, pooled, argmax, nullptr, {}, {}, norm_y ? partial : nullptr, stream);
-  if (norm_y)
-    LAUNCH(norm_rows, dim3(g.c_out), dim3(256), stream, tile_count(g.batch, g.y_height, g.y_width),
-           g.c_out, partial, affine, norm_y);
-}
-
-template <typename T>
-void grad_input(const Layer& g, const Source& grad_y, const void* weight, const uint8_t* argmax,
-                const Source& extra, void* grad_x, const Source& x, const float* gamma,
-                float* partial, float* back_x, cudaStream_t stream) {
-  if (g.stride == 2) {
-    LAUNCH(grad_input_plain<T>, dim3(blocks(int64_t(g.batch) * g.height * g.width * g.c_in)),
-           dim3(256), stream, g, static_cast<const T*>(grad_y.x), static_cast<const T*>(weight),
-           static_cast<T*>(grad_x));
-    return;
-  }
-  Layer back = g;  // from grad_y to the gradient of the convolution's input
-  back.c_in = g.c_out, back.c_out = g.c_in;
-  (g.c_in > 16 ? tiled<T, 32, 1, false, true> : tiled<T, 16, 1, false, true>)(
-      back, grad_y, weight, grad_x, nullptr, nullptr, argmax, extra, back_x ? x : Source{},
-      back_x ? partial : nullptr, stream);
-  if (back_x)
-    LAUNCH(back_rows, dim3(g.c_in), dim3(256), stream, tile_count(g.batch, g.height, g.width),
-           g.c_in, static_cast<const float*>(partial), x.norm, gamma, back_x);
-}
-
-template <typename T>
-void grad_weight(const Layer& g, const Source& x, const Source& grad_y, float* partial,
-                 void* result, cudaStream_t stream) {
-  const unsigned across = (g.c_in + CB - 1) / CB, down = (g.c_out + CB - 1) / CB;
-  const unsigned count = shares(g);
-  if (count)
-    LAUNCH((g.stride == 2 ? grad_weight_partial<T, 2> : grad_weight_partial<T, 1>),
-           dim3(count, across, down), dim3(128), stream, g, x, grad_y, tiles_a_share(g), partial);
-  LAUNCH(grad_weight_sum<T>, dim3(GROUP / 32, across, down), dim3(256), stream, g, int(count),
-         static_cast<const float*>(partial), static_cast<T*>(result));
-}
-
-void run_elementwise(int64_t pixels, int channels, const Source& from, const float* norm,
-                     const float* r, const float* norm_r, float* to, cudaStream_t stream) {
+const char* run_elementwise(const Launch& on, int64_t pixels, int channels, const Source& from,
+                            const float* norm, const void* r, const float* norm_r, void* to) {
+  if (!pixels) return nullptr;
   const Quads by(channels);
-  LAUNCH(elementwise, dim3((pixels + by.rows - 1) / by.rows, (channels + 1023) / 1024), dim3(256),
-         stream, pixels, channels, from, norm, r, norm_r, to);
+  return by_type(on.type, [&](auto kind) {
+    using T = typename decltype(kind)::T;
+    LAUNCH(elementwise<T>, dim3((pixels + by.rows - 1) / by.rows, (channels + 1023) / 1024),
+           dim3(256), on.stream, pixels, channels, from, norm, static_cast<const T*>(r), norm_r,
+           static_cast<T*>(to));
+  });
 }
 
-// Returns the number of parts
-int64_t run_column_sums(int64_t pixels, int channels, const Source& grad, const float* y,
-                        const float* norm, float* partial, cudaStream_t stream) {
+// finish(parts, their memory) turns what column_sums leaves into rows
+template <typename F>
+const char* run_column_sums(const Launch& on, int64_t pixels, int channels, const Source& grad,
+                            const void* y, const float* norm, F finish) {
+  if (!pixels) return nullptr;
   const int64_t share = (pixels + MOST_PARTS - 1) / MOST_PARTS;
   const int64_t parts = (pixels + share - 1) / share;
-  LAUNCH(column_sums, dim3(parts, (channels + 1023) / 1024), dim3(256), stream, pixels, share,
-         channels, grad, y, norm, partial);
-  return parts;
+  float* partial = on.scratch(4 * parts * channels);
+  return by_type(on.type, [&](auto kind) {
+    using T = typename decltype(kind)::T;
+    LAUNCH(column_sums<T>, dim3(parts, (channels + 1023) / 1024), dim3(256), on.stream, pixels,
+           share, channels, grad, static_cast<const T*>(y), norm, partial);
+    finish(parts, partial);
+  });
 }
 
 }  // namespace
 
-int64_t forward_partial_floats(const Layer& g) {
-  return 4 * tile_count(g.batch, g.y_height, g.y_width) * g.c_out;
-}
-int64_t grad_input_partial_floats(const Layer& g) {
-  return 4 * tile_count(g.batch, g.height, g.width) * g.c_in;
-}
-int64_t grad_weight_partial_floats(const Layer& g) { return shares(g) * groups(g) * GROUP; }
-
-#define BY_TYPE(function, ...)                                         \
-  (type == FLOAT32 ? function<float> : type == FLOAT16 ? function<__half> \
-                                                       : function<__nv_bfloat16>)(__VA_ARGS__)
-
-const char* launch_forward(Type type, const Layer& g, const Source& x, const void* weight, void* y,
-                           void* pooled, uint8_t* argmax, const Affine& affine, float* partial,
-                           float* norm_y, void* stream) {
-  if (g.batch && g.c_out)
-    BY_TYPE(forward, g, x, weight, y, pooled, argmax, affine, partial, norm_y,
-            cudaStream_t(stream));
-  return failure();
+int64_t grad_weight_partial_floats(const Shape& g) {
+  const dim3 blocks = weight_blocks(g, shares(g));
+  const int64_t groups = quadrants(g) * quadrants(g);
+  return groups * blocks.x * blocks.y * blocks.z * GROUP;
 }
 
-const char* launch_grad_input(Type type, const Layer& g, const Source& grad_y, const void* weight,
-                              const uint8_t* argmax, const Source& extra, void* grad_x,
-                              const Source& x, const float* gamma, float* partial, float* back_x,
-                              void* stream) {
-  if (g.batch && g.c_in)
-    BY_TYPE(grad_input, g, grad_y, weight, argmax, extra, grad_x, x, gamma, partial, back_x,
-            cudaStream_t(stream));
-  return failure();
+namespace cuda {
+
+const char* conv_forward(const Launch& on, const Shape& g, const Source& x, const void* weight,
+                         void* y, void* pooled, uint8_t* argmax, const Affine& affine,
+                         float* norm_y) {
+  if (!g.batch) return nullptr;
+  const int64_t parts = tile_count(g);
+  float* partial = norm_y ? on.scratch(4 * parts * g.c_out) : nullptr;
+  const char* failure = (argmax ? convolution<true, false> : convolution<false, false>)(
+      on, g, x, weight, y, pooled, argmax, nullptr, {}, {}, partial);
+  if (norm_y)
+    LAUNCH(norm_rows, dim3(g.c_out), dim3(256), on.stream, parts, g.c_out, partial, affine, norm_y);
+  return failure;
 }
 
-const char* launch_grad_weight(Type type, const Layer& g, const Source& x, const Source& grad_y,
-                               float* partial, void* result, void* stream) {
-  if (g.c_in && g.c_out)
-    BY_TYPE(grad_weight, g, x, grad_y, partial, result, cudaStream_t(stream));
-  return failure();
+const char* conv_backward(const Launch& on, const Shape& g, const Source& grad_y, const Source& x,
+                          const void* weight, const uint8_t* argmax, const Source& extra,
+                          void* grad_x, bool nhwc, void* grad_weight, const float* gamma,
+                          float* back_x) {
+  const char* failure = nullptr;
+  if (grad_x) {
+    Shape back = g;  // from grad_y to the gradient of the convolution's input
+    std::swap(back.c_in, back.c_out);
+    const int64_t parts = tile_count(g);
+    float* partial = back_x ? on.scratch(4 * parts * g.c_in) : nullptr;
+    failure = convolution<false, true>(on, back, grad_y, weight, grad_x, nullptr, nullptr, argmax,
+                                       extra, back_x ? x : Source{}, partial);
+    if (back_x)
+      LAUNCH(back_rows, dim3(g.c_in), dim3(256), on.stream, parts, g.c_in, partial, x.norm, gamma,
+             back_x);
+  }
+  if (failure || !grad_weight) return failure;
+  const dim3 blocks = weight_blocks(g, shares(g));
+  const unsigned by = quadrants(g);
+  float* partial = on.scratch(grad_weight_partial_floats(g));
+  return by_type(on.type, [&](auto kind) {
+    using T = typename decltype(kind)::T;
+    constexpr bool EXACT = decltype(kind)::EXACT;
+    const auto kernel =
+        by == 2 ? grad_weight_partial<T, EXACT, 2> : grad_weight_partial<T, EXACT, 1>;
+    if (blocks.x)
+      LAUNCH(kernel, blocks, dim3(THREADS), on.stream, g, x, grad_y, tiles_a_share(g), partial);
+    LAUNCH(grad_weight_sum<T>, dim3(GROUP / 32, blocks.y * by, blocks.z * by), dim3(256),
+           on.stream, g, blocks.x, partial, nhwc, static_cast<T*>(grad_weight));
+  });
 }
 
-const char* launch_moments(int64_t pixels, int channels, const float* y, const Affine& affine,
-                           float* partial, float* norm, void* stream) {
-  if (!pixels || !channels) return nullptr;
-  const int64_t parts =
-      run_column_sums(pixels, channels, {}, y, nullptr, partial, cudaStream_t(stream));
-  LAUNCH(norm_rows, dim3(channels), dim3(256), cudaStream_t(stream), parts, channels, partial,
-         affine, norm);
-  return failure();
+const char* moments(const Launch& on, int64_t pixels, int64_t channels, const void* y,
+                    const Affine& affine, float* norm) {
+  return run_column_sums(on, pixels, channels, {}, y, nullptr, [&](int64_t parts, float* partial) {
+    LAUNCH(norm_rows, dim3(channels), dim3(256), on.stream, parts, channels, partial, affine, norm);
+  });
 }
 
-const char* launch_finish(int64_t pixels, int channels, const float* y, const float* norm,
-                          const float* r, const float* norm_r, float* out, void* stream) {
-  if (!pixels || !channels) return nullptr;
-  run_elementwise(pixels, channels, {y}, norm, r, norm_r, out, cudaStream_t(stream));
-  return failure();
+const char* finish(const Launch& on, int64_t pixels, int64_t channels, const void* y,
+                   const float* norm, const void* r, const float* norm_r, void* out) {
+  return run_elementwise(on, pixels, channels, {y}, norm, r, norm_r, out);
 }
 
-const char* launch_finish_backward(int64_t pixels, int channels, const Source& grad,
-                                   const float* y, const float* norm, const float* gamma,
-                                   float* partial, float* back, void* stream) {
-  if (!pixels || !channels) return nullptr;
-  const int64_t parts =
-      run_column_sums(pixels, channels, grad, y, norm, partial, cudaStream_t(stream));
-  LAUNCH(back_rows, dim3(channels), dim3(256), cudaStream_t(stream), parts, channels, partial,
-         norm, gamma, back);
-  return failure();
+const char* finish_backward(const Launch& on, int64_t pixels, int64_t channels, const Source& grad,
+                            const Normed& y, const Normed* r) {
+  const auto sums = [&](const Normed& of) {
+    return run_column_sums(
+        on, pixels, channels, grad, of.y, of.norm, [&](int64_t parts, float* partial) {
+          LAUNCH(back_rows, dim3(channels), dim3(256), on.stream, parts, channels, partial, of.norm,
+                 of.gamma, of.back);
+        });
+  };
+  const char* failure = sums(y);
+  return failure || !r ? failure : sums(*r);
 }
 
-const char* launch_apply_backward(int64_t pixels, int channels, const Source& grad, float* grad_y,
-                                  void* stream) {
-  if (!pixels || !channels) return nullptr;
-  run_elementwise(pixels, channels, grad, nullptr, nullptr, nullptr, grad_y, cudaStream_t(stream));
-  return failure();
+const char* apply_backward(const Launch& on, int64_t pixels, int64_t channels, const Source& grad,
+                           void* grad_y) {
+  return run_elementwise(on, pixels, channels, grad, nullptr, nullptr, nullptr, grad_y);
 }
 
+}  // namespace cuda
 }  // namespace pool_conv

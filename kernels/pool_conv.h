@@ -2,6 +2,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <functional>
 
 #ifdef __CUDACC__
 #define EVERYWHERE __host__ __device__ inline
@@ -67,67 +68,14 @@ EVERYWHERE void write_back(double sum, double product, double pixels, const floa
   back[GRAD_BETA * channels + c] = sum;
 }
 
-// The gradient of a tensor y: `grad` itself, or by way of a normalisation and a ReLU behind y
-struct GradientOf {
-  const float* grad = nullptr;  // of y, or of out = relu(normalised y + ...)
-  const float* out = nullptr;   // null: grad is that of `normalised`
-  const float *y = nullptr, *back = nullptr;  // null: no normalisation
-};
-
-// --- CPU ---
-
-// height and width: of the convolution's input, that is behind the max-pool
+// height and width: of the convolution's input, that is behind the max-pool; x_*: before it
 struct Shape {
-  int64_t batch, height, width, c_in, c_out;
+  int64_t batch, height, width, c_in, c_out, x_height = 0, x_width = 0;
 };
 
-// The convolution's input: x, or its max-pool, or relu(normalised x)
-struct Input {
-  const float* x = nullptr;
-  const float* norm = nullptr;
-  float* pooled = nullptr;  // where the max-pool goes; argmax receives 0..3 for each element
-  uint8_t* argmax = nullptr;
-  int64_t x_height = 0, x_width = 0;  // before the max-pool
-};
-
-// y = conv3x3(input), padding 1. weight: (c_out,c_in,3,3). norm_y: null or rows to fill
-void conv_forward(const Shape& s, const Input& in, const float* weight, float* y,
-                  const Affine& affine, float* norm_y);
-
-// Gradients of the weight and of in.x; each null if not wanted. The latter contains in addition
-// that of a shortcut from the convolution's input: `extra`, or what of it passes the ReLU that made
-// `extra_out`. With in.norm it is that of `normalised`, whose rows for the way on go to back_x.
-void conv_backward(const Shape& s, const GradientOf& g, const Input& in, const float* weight,
-                   const float* extra, const float* extra_out, float* grad_x, float* grad_weight,
-                   const float* gamma, float* back_x);
-
-// The rows of y's normalisation
-void moments(int64_t pixels, int64_t channels, const float* y, const Affine& affine, float* norm);
-// out = relu(normalised y + r), r: null, a tensor, or a tensor to normalise
-void finish(int64_t pixels, int64_t channels, const float* y, const float* norm, const float* r,
-            const float* norm_r, float* out);
-// The way back through `finish` to the rows of one or two normalisations
-struct Normed {
-  const float *y, *norm, *gamma;
-  float* back;
-};
-void finish_backward(int64_t pixels, int64_t channels, const float* grad, const float* out,
-                     const Normed& y, const Normed* r);
-// grad_y of g
-void apply_backward(int64_t pixels, int64_t channels, const GradientOf& g, float* grad_y);
-
-// --- CUDA ---
-
-enum Type { FLOAT32, FLOAT16, BFLOAT16 };
-
-// x_*: the layer's input; height, width: the convolution's input (behind the max-pool); y_*: output
-struct Layer {
-  int batch, x_height, x_width, height, width, y_height, y_width, c_in, c_out, stride;
-};
-
-// What a kernel reads, element by element: x, or relu(normalised x) with `norm`; or, as GradientOf,
-// the gradient x of something, where it passed the ReLU that made `out`, back through y's
-// normalisation with `back`.
+// What a kernel reads, element by element: x, or relu(normalised x) with `norm`. Or the gradient x
+// of something, where it passed the ReLU that made `out`, and back through y's normalisation with
+// `back`.
 struct Source {
   const void* x = nullptr;
   const float* norm = nullptr;
@@ -135,40 +83,77 @@ struct Source {
   const float* back = nullptr;
 };
 
-// Each launches on `stream` (a cudaStream_t) and returns CUDA's message if that failed, else null.
-// Weights are NHWC, too: (c_out,3,3,c_in). A tensor whose channels are a multiple of four begins at
-// a multiple of 16 bytes. partial: scratch, as many floats as the function named after the launch
-// says.
+// A tensor to normalise, and where the rows of its way back go
+struct Normed {
+  const void* y;
+  const float *norm, *gamma;
+  float* back;
+};
 
-// argmax: null unless the layer max-pools an x without norm. norm_y: null, or y's rows to fill
-const char* launch_forward(Type type, const Layer& g, const Source& x, const void* weight, void* y,
-                           void* pooled, uint8_t* argmax, const Affine& affine, float* partial,
-                           float* norm_y, void* stream);
-int64_t forward_partial_floats(const Layer& g);  // with norm_y; else none
-// grad_x has the layer input's size; extra: null, or what of the gradient of `pooled` (of x,
-// without argmax) comes from elsewhere. With an odd x_height or x_width and argmax, grad_x must be
-// zeroed before. back_x: null, or rows to fill, for grad_x the gradient of the normalised x. With a
-// stride grad_y is a plain tensor, and there are no argmax, extra and back_x.
-const char* launch_grad_input(Type type, const Layer& g, const Source& grad_y, const void* weight,
-                              const uint8_t* argmax, const Source& extra, void* grad_x,
-                              const Source& x, const float* gamma, float* partial, float* back_x,
-                              void* stream);
-int64_t grad_input_partial_floats(const Layer& g);  // with back_x; else none
-// x: the convolution's input. result: (c_out,c_in,3,3)
-const char* launch_grad_weight(Type type, const Layer& g, const Source& x, const Source& grad_y,
-                               float* partial, void* result, void* stream);
-int64_t grad_weight_partial_floats(const Layer& g);
+// --- on a CPU, float32 ---
 
-// As the functions of these names above, float32; partial: PARTIAL_ROWS * channels floats
-constexpr int PARTIAL_ROWS = 4 * 256;
-const char* launch_moments(int64_t pixels, int channels, const float* y, const Affine& affine,
-                           float* partial, float* norm, void* stream);
-const char* launch_finish(int64_t pixels, int channels, const float* y, const float* norm,
-                          const float* r, const float* norm_r, float* out, void* stream);
-const char* launch_finish_backward(int64_t pixels, int channels, const Source& grad,
-                                   const float* y, const float* norm, const float* gamma,
-                                   float* partial, float* back, void* stream);
-const char* launch_apply_backward(int64_t pixels, int channels, const Source& grad, float* grad_y,
-                                  void* stream);
+namespace cpu {
 
+// y = conv3x3(x), padding 1, or of x's max-pool if argmax is not null; then pooled receives that,
+// argmax 0..3 for each of its elements. weight: (c_out,c_in,3,3). norm_y: null or rows to fill
+void conv_forward(const Shape& s, const Source& x, const float* weight, float* y, float* pooled,
+                  uint8_t* argmax, const Affine& affine, float* norm_y);
+
+// Gradients of the weight (if nhwc as (c_out,3,3,c_in)) and of the layer's input, each null if not
+// wanted. x: the convolution's input. Its gradient contains in addition that of a shortcut from it,
+// `extra`, and with x.norm is that of `normalised`, whose rows for the way on go to back_x.
+void conv_backward(const Shape& s, const Source& grad_y, const Source& x, const float* weight,
+                   const uint8_t* argmax, const Source& extra, float* grad_x, bool nhwc,
+                   float* grad_weight, const float* gamma, float* back_x);
+
+// The rows of y's normalisation
+void moments(int64_t pixels, int64_t channels, const float* y, const Affine& affine, float* norm);
+// out = relu(normalised y + r), r: null, a tensor, or a tensor to normalise
+void finish(int64_t pixels, int64_t channels, const float* y, const float* norm, const float* r,
+            const float* norm_r, float* out);
+// The way back through `finish` to the rows of one or two normalisations
+void finish_backward(int64_t pixels, int64_t channels, const Source& grad, const Normed& y,
+                     const Normed* r);
+// grad_y of what `grad` describes
+void apply_backward(int64_t pixels, int64_t channels, const Source& grad, float* grad_y);
+
+}  // namespace cpu
+
+// --- CUDA ---
+
+// TF32: float32 tensors, whose convolutions may round what they multiply to TF32
+enum Type { FLOAT32, TF32, FLOAT16, BFLOAT16 };
+
+// Of which type the tensors are, the cudaStream_t to launch on, and whom to ask for memory of so
+// many floats, which is free again when the stream has come so far
+struct Launch {
+  Type type;
+  void* stream;
+  std::function<float*(int64_t)> scratch;
+};
+
+int64_t grad_weight_partial_floats(const Shape& g);  // scratch for the gradient of a weight
+
+// The same functions. Each returns CUDA's message if a launch failed, else null. Weights are NHWC,
+// too: (c_out,3,3,c_in). A tensor whose channels are a multiple of four begins at a multiple of 16
+// bytes. With an odd x_height or x_width and argmax, grad_x must be zeroed before.
+namespace cuda {
+
+const char* conv_forward(const Launch& on, const Shape& g, const Source& x, const void* weight,
+                         void* y, void* pooled, uint8_t* argmax, const Affine& affine,
+                         float* norm_y);
+const char* conv_backward(const Launch& on, const Shape& g, const Source& grad_y, const Source& x,
+                          const void* weight, const uint8_t* argmax, const Source& extra,
+                          void* grad_x, bool nhwc, void* grad_weight, const float* gamma,
+                          float* back_x);
+const char* moments(const Launch& on, int64_t pixels, int64_t channels, const void* y,
+                    const Affine& affine, float* norm);
+const char* finish(const Launch& on, int64_t pixels, int64_t channels, const void* y,
+                   const float* norm, const void* r, const float* norm_r, void* out);
+const char* finish_backward(const Launch& on, int64_t pixels, int64_t channels, const Source& grad,
+                            const Normed& y, const Normed* r);
+const char* apply_backward(const Launch& on, int64_t pixels, int64_t channels, const Source& grad,
+                           void* grad_y);
+
+}  // namespace cuda
 }  // namespace pool_conv

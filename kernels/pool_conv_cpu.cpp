@@ -3,20 +3,21 @@
 //
 //   y = A^T [ sum_c (G w G^T) * (B^T x B) ] A        for every tile of 4x4 outputs, 6x6 inputs
 //
-// 36 multiplications a tile instead of 144. A thread takes a fixed range of images (so results do
-// not depend on timing) and a few of them at a time, so that all it makes of them stays in its L2
-// cache:
+// This takes 36 multiplications a tile instead of 144. A thread works on a fixed range of images,
+// so that results do not depend on timing, and on a few images at a time, so that everything it
+// computes from them stays in its L2 cache. Forward it computes
 //   1. the convolution's input: x itself, its max-pool, or relu(normalised x)
-//   2. in blocks of tiles: V[36][tile][c] = B^T x B    (channels are the vector dimension),
+//   2. for each block of tiles: V[36][tile][c] = B^T x B, with the channels as vectors,
 //      M[36][tile][k] = V U, 36 small products for every one or two vectors of output channels,
-//      y = A^T M A, straight to NHWC
-//   3. the sums of y that its normalisation needs, while y is in the cache
-// Backward, likewise: the gradient of y through the normalisation behind it, and the input, made
-// again; the weight's gradient, the exact adjoint: dU[36][c][k] += V^T (A g A^T), then G^T dU G;
-// the input's, the forward algorithm with rotated, transposed weights; then through the ReLU, the
-// shortcut or the pooling before it.
-// The interpolation points are 0, 1, -1, 2, -2, infinity. Vectors are GCC's and clang's extension:
-// AVX2, AVX-512 and NEON come from this one source.
+//      y = A^T M A, written as NHWC
+//   3. the sums of y that y's normalisation needs, while y is still in the cache
+// and backward
+//   1. the gradient of y, through the normalisation behind y, and once more the convolution's input
+//   2. the weight's gradient, the exact adjoint: dU[36][c][k] += V^T (A g A^T), then G^T dU G
+//   3. the input's gradient: the forward algorithm with rotated and transposed weights
+//   4. the layer's: back through the ReLU, the shortcut or the pooling before the convolution
+// The interpolation points are 0, 1, -1, 2, -2, infinity. The vectors are an extension of GCC and
+// clang, which makes code for AVX2, AVX-512 and NEON from this one source.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -39,7 +40,7 @@ constexpr int64_t W = 8;
 #define WHOLE HALF, 4, 5, 6, 7
 #endif
 constexpr int64_t GROUP = 2 * W;  // output channels that are worked on together
-constexpr int64_t ROWS = W == 16 ? 16 : 24;  // tiles of a block; more leave the cache
+constexpr int64_t ROWS = W == 16 ? 16 : 24;  // tiles of a block; more do not stay in the cache
 typedef float vec __attribute__((vector_size(4 * W)));
 typedef float loose __attribute__((vector_size(4 * W), aligned(4), may_alias));  // at any address
 typedef float half __attribute__((vector_size(2 * W), aligned(4), may_alias));
@@ -48,7 +49,7 @@ inline vec load(const float* p) { return *reinterpret_cast<const loose*>(p); }
 inline void store(float* p, vec v) { *reinterpret_cast<loose*>(p) = v; }
 inline vec load(const float* p, int64_t count) {  // zeros behind `count`
   if (count >= W) return load(p);
-  if (count == W / 2)  // in registers, for networks of half width
+  if (count == W / 2)  // stays in registers; for networks of half width
     return __builtin_shufflevector(*reinterpret_cast<const half*>(p), half{}, WHOLE);
   vec v = {};
   std::memcpy(&v, p, count * sizeof(float));
@@ -72,10 +73,10 @@ inline void store_index(uint8_t* p, ints index, int64_t count) {
   std::memcpy(p, &v, std::min(count, W));
 }
 
-#define UNROLL _Pragma("GCC unroll 36")  // else the 36 elements of a tile go through memory
+#define UNROLL _Pragma("GCC unroll 36")  // otherwise a tile's 36 elements go through memory
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// On whole cache lines: a vector across two of them costs two accesses. Not initialised.
+// Memory that is not initialised. It begins with a cache line, so that no vector lies across two.
 struct Scratch {
   float* const data;
   explicit Scratch(int64_t count) : data(new (std::align_val_t(64)) float[count]) {}
@@ -132,8 +133,8 @@ inline void transform_weight_back(vec* u, int stride) {  // G^T u: 6 -> 3
   u[2 * stride] = p * (1.0f / 6) - s + u5;
 }
 
-// Tiles of 4x4 outputs, numbered through the images. What they are made from lies in images with a
-// border of zeros, 4 * down + 2 rows of 4 * across + 2 pixels, so that no tile is a special case.
+// Tiles of 4x4 outputs, numbered from the first image to the last. Their inputs lie in images that
+// have a border of zeros, 4 * down + 2 rows of 4 * across + 2 pixels, so no tile is a special case.
 struct Tiles {
   int64_t height, width, down, across, per_image, row, padded;
   explicit Tiles(const Shape& s)
@@ -146,17 +147,18 @@ struct Tiles {
     const int64_t within = tile % per_image;
     return {tile / per_image, within / across * 4, within % across * 4};
   }
-  int64_t corner(int64_t tile) const {  // of its 6x6 inputs, in padded pixels
+  int64_t corner(int64_t tile) const {  // where its 6x6 inputs begin, in padded pixels
     const auto [image, top, left] = at(tile);
     return image * padded + top * row + left;
   }
 };
 
-// From V[p] to V[p + 1]: a vector more than the tiles need, or 36 stores at multiples of 4 KiB
-// would meet in one cache set (1.1x for the gradient of the weight at 64 channels).
+// The distance from V[p] to V[p + 1]. It is one vector longer than the tiles need; otherwise the 36
+// stores of a tile would be multiples of 4 KiB apart and share one cache set (1.1x for the gradient
+// of the weight at 64 channels).
 inline int64_t plane(int64_t width) { return ROWS * width + W; }
 
-// V[p][tile][c] = B^T x B for `count` tiles from `first`; x padded
+// V[p][tile][c] = B^T x B for `count` tiles from `first`; x is padded
 template <int C>
 void input_block(const Tiles& tiles, const float* x, int64_t c_in, int64_t first, int64_t count,
                  float* V) {
@@ -179,7 +181,7 @@ void input_block(const Tiles& tiles, const float* x, int64_t c_in, int64_t first
   }
 }
 
-// M[r][0..N*W) = sum_c V[r][c] U[c][0..N*W) for R rows: R*N accumulators in registers
+// M[r][0..N*W) = sum_c V[r][c] U[c][0..N*W) for R rows, with R*N accumulators in registers
 template <int R, int N>
 inline void product(const float* V, int64_t ld_v, const float* U, int64_t channels, float* M) {
   vec sum[R][N] = {};
@@ -193,7 +195,7 @@ inline void product(const float* V, int64_t ld_v, const float* U, int64_t channe
     for (int n = 0; n < N; n++) store(M + (r * N + n) * W, sum[r][n]);
 }
 
-struct Work {  // of a thread: scratch, and what it will read or write soon
+struct Work {  // a thread's scratch memory, and the memory that it will read or write soon
   const int64_t of_block;
   const Scratch scratch;
   float *const V, *const M;
@@ -201,8 +203,8 @@ struct Work {  // of a thread: scratch, and what it will read or write soon
       : of_block(36 * plane(std::max(GROUP, round_up(std::max(s.c_in, s.c_out), W)))),
         scratch(2 * of_block), V(scratch.data), M(V + of_block) {}
 
-  // Memory is fetched into the cache between the products, a little before each: 1.1x for a whole
-  // training step. The same fetched at once, or before each block of tiles, gains nothing.
+  // Before each product a little of that memory is fetched into the cache: 1.1x for a whole
+  // training step. Fetching all at once, or before each block of tiles, gains nothing.
   struct Stream {
     const char *next, *end;
     int64_t step;
@@ -226,11 +228,11 @@ struct Work {  // of a thread: scratch, and what it will read or write soon
   }
 };
 
-// y of `count` tiles from `first`, N*W output channels from k0: 36 products, then A^T M A
+// Computes N*W channels of y, from k0, for `count` tiles from `first`: 36 products, then A^T M A
 template <int C, int N>
 void output_block(const Tiles& tiles, const Shape& s, int64_t k0, int64_t first, int64_t count,
                   const float* U, float* y, Work& work) {
-  constexpr int R = (W == 16 ? 16 : 12) / N;  // accumulators: as registers allow
+  constexpr int R = (W == 16 ? 16 : 12) / N;  // as many accumulators as registers
   const int64_t channels = C ? C : s.c_in, padded = round_up(channels, W);
   for (int p = 0; p < 36; p++) {
     work.fetch();
@@ -264,7 +266,7 @@ void output_block(const Tiles& tiles, const Shape& s, int64_t k0, int64_t first,
   }
 }
 
-// U[k/GROUP][p][c][GROUP] = G w G^T, the last group W wide where W is enough, zeros behind c_out
+// U[k/GROUP][p][c][GROUP] = G w G^T with zeros behind c_out. The last group may be W wide
 void weight_transform(const Shape& s, const float* weight, bool flipped, float* U) {
   at::parallel_for(0, s.c_in, 4, [&](int64_t begin, int64_t end) {
     for (int64_t k0 = 0; k0 < s.c_out; k0 += W) {
@@ -284,7 +286,7 @@ void weight_transform(const Shape& s, const float* weight, bool flipped, float* 
   });
 }
 
-// One image: to[i][j][c] = max of 2x2 (torch: the first of equals, a NaN always), argmax 0..3
+// One image: to[i][j][c] = max of 2x2, argmax 0..3. As in torch the first of equals, or a NaN, wins
 void pool_image(const float* from, int64_t from_width, float* to, uint8_t* argmax, int64_t height,
                 int64_t width, int64_t channels) {
   for (int64_t i = 0; i < height; i++)
@@ -310,7 +312,7 @@ void pool_image(const float* from, int64_t from_width, float* to, uint8_t* argma
     }
 }
 
-// One image: the gradient of each pooled element goes to its argmax place, zeros elsewhere
+// One image: the gradient of each pooled element goes where argmax says; all else is zero
 void unpool_image(const float* grad, const uint8_t* argmax, float* to, int64_t to_height,
                   int64_t to_width, int64_t channels) {
   const int64_t height = to_height / 2, width = to_width / 2;
@@ -353,7 +355,7 @@ template <int N>
 inline void accumulate_rows(const float* V, int64_t ld_v, const float* g, int64_t ld_g,
                             int64_t count, int64_t channels, float* dU) {
   for (int64_t c = 0; c < channels;) {
-    constexpr int R = W == 16 ? 16 / N : N == 2 ? 6 : 8;  // as registers allow
+    constexpr int R = W == 16 ? 16 / N : N == 2 ? 6 : 8;  // as many accumulators as registers
     const int64_t left = channels - c;
     if (left >= R && (left % R == 0 || left >= R + 4)) {
       accumulate<R, N>(V + c, ld_v, g, ld_g, count, dU + c * ld_g), c += R;
@@ -365,8 +367,8 @@ inline void accumulate_rows(const float* V, int64_t ld_v, const float* g, int64_
   }
 }
 
-// work(t, begin, end) for every thread t: its part of 0..count-1, always the same at the same
-// number of threads
+// Calls work(t, begin, end) for every thread t with its part of 0..count-1, which depends only on
+// the number of threads
 template <typename Part>
 void share(int64_t count, const Part& work) {
   const int64_t threads = at::get_num_threads();
@@ -377,10 +379,10 @@ void share(int64_t count, const Part& work) {
 
 // ---- loops over pixels, a vector of channels at a time
 
-constexpr int64_t PIXELS = 128;  // that stay in the L1 cache from a vector of channels to the next
+constexpr int64_t PIXELS = 128;  // which stay in the L1 cache for all their channels
 
-// body(c, left, loop): channels from c on (`left` to the last one) of some pixels;
-// loop(pixel) calls pixel(at) for each, its place
+// Calls body(c, left, loop) for some pixels and a vector of channels from c, of which `left` exist.
+// loop(pixel) calls pixel(at) for each of these pixels; `at` is its place in memory
 template <typename Body>
 void each(int64_t pixels, int64_t channels, const Body& body) {
   for (int64_t p = 0; p < pixels; p += PIXELS)
@@ -391,7 +393,7 @@ void each(int64_t pixels, int64_t channels, const Body& body) {
       });
 }
 
-// The same for images; pixel(at, padded_at) gets the place among padded images, too
+// The same for images; pixel(at, padded_at) also gets the place among padded images
 template <typename Body>
 void each_padded(const Tiles& tiles, int64_t images, int64_t channels, const Body& body) {
   const int64_t step = std::max<int64_t>(1, PIXELS / tiles.width);
@@ -408,7 +410,7 @@ void each_padded(const Tiles& tiles, int64_t images, int64_t channels, const Bod
         });
 }
 
-struct Normalise {  // or nothing, without rows
+struct Normalise {  // does nothing if there are no rows
   const bool wanted;
   vec center = {}, scale = {}, shift = {};
   Normalise(const float* norm, int64_t channels, int64_t c, int64_t left) : wanted(norm) {
@@ -417,18 +419,20 @@ struct Normalise {  // or nothing, without rows
   }
   vec operator()(vec y) const { return wanted ? (y - center) * scale + shift : y; }
 };
-// NaN passes through, and through the gradient, as in torch
+// As in torch a NaN passes, and so does its gradient
 inline vec relu(vec v) { return v < 0 ? vec{} : v; }
 inline vec relu_backward(vec grad, vec out) { return out <= 0 ? vec{} : grad; }
 
-// The way back to y, a vector of channels at a time
+const float* floats(const void* data) { return static_cast<const float*>(data); }
+
+// The gradient of y from that of what is behind it, a vector of channels at a time
 struct Gradient {
   const float *grad, *out, *y;
   int64_t left;
   vec center = {}, by_g = {}, by_y = {}, by_1 = {};
-  Gradient(const GradientOf& g, int64_t from, int64_t channels, int64_t c, int64_t left)
-      : grad(g.grad + from), out(g.out ? g.out + from : nullptr), y(g.back ? g.y + from : nullptr),
-        left(left) {
+  Gradient(const Source& g, int64_t from, int64_t channels, int64_t c, int64_t left)
+      : grad(floats(g.x) + from), out(g.out ? floats(g.out) + from : nullptr),
+        y(g.back ? floats(g.y) + from : nullptr), left(left) {
     const auto row = [&](int r) { return load(g.back + r * channels + c, left); };
     if (y) center = row(CENTER), by_g = row(BY_G), by_y = row(BY_Y), by_1 = row(BY_1);
   }
@@ -439,7 +443,7 @@ struct Gradient {
   }
 };
 
-// x, or relu(normalised x), among zeros
+// Writes x, or relu(normalised x), into padded images
 void make_input(const Tiles& tiles, int64_t images, int64_t channels, const float* x,
                 const float* norm, float* to) {
   each_padded(tiles, images, channels, [&](int64_t c, int64_t left, auto loop) {
@@ -451,7 +455,7 @@ void make_input(const Tiles& tiles, int64_t images, int64_t channels, const floa
   });
 }
 
-// Two sums per thread and channel. In float over the pixels of `each`, in double beyond.
+// Two sums for each thread and channel: in float over the pixels of `each`, then in double
 struct Sums {
   const int64_t channels, padded = round_up(channels, W), threads = at::get_num_threads();
   std::vector<double> data = std::vector<double>(threads * 2 * padded);
@@ -464,8 +468,8 @@ struct Sums {
   }
 };
 
-// Mean and variance of y. A thread sums y - m and (y - m)^2 around the mean m of the first pixels
-// that it meets: close enough to the mean of all that nothing cancels.
+// Mean and variance of y. A thread sums y - m and (y - m)^2; m is the mean of the first pixels that
+// it meets. That is close enough to the mean of all pixels that no digits cancel.
 struct Moments : Sums {
   const Scratch around;
   std::vector<int64_t> pixels = std::vector<int64_t>(threads);
@@ -505,7 +509,7 @@ struct Moments : Sums {
   }
 };
 
-// Of sums of g and g (y - center): the rows of the way back through y's normalisation
+// Makes the rows of the way back through y's normalisation from sums of g and of g (y - center)
 void back_rows(Sums& sums, double pixels, const float* norm, const float* gamma, float* back) {
   for (int64_t c = 0; c < sums.channels; c++) {
     double sum = 0, product = 0;
@@ -516,7 +520,7 @@ void back_rows(Sums& sums, double pixels, const float* norm, const float* gamma,
 
 // ---- Winograd for a few images
 
-int64_t images_at_once(const Shape& s) {  // a multiple of ROWS tiles, or what fits in the cache
+int64_t images_at_once(const Shape& s) {  // with a multiple of ROWS tiles, or in the cache
   const int64_t tiles = Tiles(s).per_image;
   const int64_t bytes = 4 * s.height * s.width * std::max(s.c_in, s.c_out);
   int64_t images = 1;
@@ -524,7 +528,7 @@ int64_t images_at_once(const Shape& s) {  // a multiple of ROWS tiles, or what f
   return images;
 }
 
-struct Zeros : Scratch {  // images without content: their borders stay zero
+struct Zeros : Scratch {  // for padded images, whose borders stay zero
   explicit Zeros(int64_t count) : Scratch(count) { std::fill(data, data + count, 0.0f); }
 };
 
@@ -587,8 +591,9 @@ void weight_gradient(const Shape& s, const float* x, const float* grad_y, int64_
   }
 }
 
-// grad_weight = G^T dU G of the threads' sums, added in a fixed order
-void weight_transform_back(const Shape& s, const float* dU, float* grad_weight) {
+// grad_weight = G^T dU G, where dU is the sum of the threads' sums in a fixed order
+void weight_transform_back(const Shape& s, const float* dU, bool nhwc, float* grad_weight) {
+  const int64_t by_c = nhwc ? 1 : 9, by_tap = nhwc ? s.c_in : 1;
   const int64_t ld = round_up(s.c_out, W), size = 36 * s.c_in * ld, threads = at::get_num_threads();
   at::parallel_for(0, s.c_in, 4, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; c++)
@@ -601,12 +606,13 @@ void weight_transform_back(const Shape& s, const float* dU, float* grad_weight) 
         for (int64_t lane = 0; lane < std::min(W, s.c_out - k); lane++)
           for (int i = 0; i < 3; i++)
             for (int j = 0; j < 3; j++)
-              grad_weight[((k + lane) * s.c_in + c) * 9 + 3 * i + j] = u[6 * i + j][lane];
+              grad_weight[(k + lane) * s.c_in * 9 + c * by_c + (3 * i + j) * by_tap] =
+                  u[6 * i + j][lane];
       }
   });
 }
 
-// The channel counts of the usual networks are known to the compiler, others are not.
+// The compiler makes code for the usual numbers of channels, and one function for all others.
 #define BY_CHANNELS(function, c)                                               \
   ((c) == 8    ? function<8>                                                   \
    : (c) == 16 ? function<16>                                                  \
@@ -616,8 +622,10 @@ void weight_transform_back(const Shape& s, const float* dU, float* grad_weight) 
 
 }  // namespace
 
-void conv_forward(const Shape& s, const Input& in, const float* weight, float* y,
-                  const Affine& affine, float* norm_y) {
+namespace cpu {
+
+void conv_forward(const Shape& s, const Source& in, const float* weight, float* y, float* pooled,
+                  uint8_t* argmax, const Affine& affine, float* norm_y) {
   const Scratch U(36 * s.c_in * round_up(s.c_out, W));
   weight_transform(s, weight, false, U.data);
   const Tiles tiles(s);
@@ -628,17 +636,17 @@ void conv_forward(const Shape& s, const Input& in, const float* weight, float* y
     const Zeros input(step * tiles.padded * s.c_in);
     for (int64_t first = begin; first < end; first += step) {
       const int64_t images = std::min(step, end - first), from = first * pixels * s.c_in;
-      for (int64_t i = 0; in.pooled && i < images; i++)
-        pool_image(in.x + (first + i) * in.x_height * in.x_width * s.c_in, in.x_width,
-                   in.pooled + from + i * pixels * s.c_in, in.argmax + from + i * pixels * s.c_in,
+      for (int64_t i = 0; argmax && i < images; i++)
+        pool_image(floats(in.x) + (first + i) * s.x_height * s.x_width * s.c_in, s.x_width,
+                   pooled + from + i * pixels * s.c_in, argmax + from + i * pixels * s.c_in,
                    s.height, s.width, s.c_in);
-      const float* x = in.pooled ? in.pooled : in.x;
+      const float* x = argmax ? pooled : floats(in.x);
       make_input(tiles, images, s.c_in, x + from, in.norm, input.data);
       const int64_t after = first + images, next = std::min(step, end - after);
-      const int64_t of_x = (in.pooled ? in.x_height * in.x_width : pixels) * s.c_in;
+      const int64_t of_x = (argmax ? s.x_height * s.x_width : pixels) * s.c_in;
       const int64_t of_y = pixels * s.c_out;
       work.plan(tiles, images, (s.c_out + GROUP - 1) / GROUP);
-      work.soon(in.x, after * of_x, next * of_x);
+      work.soon(floats(in.x), after * of_x, next * of_x);
       work.soon(y, first * of_y, images * of_y);
       float* const here = y + first * of_y;
       BY_CHANNELS(convolve, s.c_in)(s, input.data, U.data, here, images, work);
@@ -648,10 +656,11 @@ void conv_forward(const Shape& s, const Input& in, const float* weight, float* y
   if (norm_y) sums.rows(affine, norm_y);
 }
 
-void conv_backward(const Shape& s, const GradientOf& g, const Input& in, const float* weight,
-                   const float* extra, const float* extra_out, float* grad_x, float* grad_weight,
-                   const float* gamma, float* back_x) {
+void conv_backward(const Shape& s, const Source& g, const Source& in, const float* weight,
+                   const uint8_t* argmax, const Source& extra, float* grad_x, bool nhwc,
+                   float* grad_weight, const float* gamma, float* back_x) {
   const Shape back{s.batch, s.height, s.width, s.c_out, s.c_in};
+  const float* const x = floats(in.x);
   const Tiles tiles(s);
   const int64_t pixels = s.height * s.width, step = images_at_once(s);
   const int64_t size = 36 * s.c_in * round_up(s.c_out, W);
@@ -664,7 +673,7 @@ void conv_backward(const Shape& s, const GradientOf& g, const Input& in, const f
     float* const dU_here = dU.data + t * size;
     if (grad_weight) std::fill(dU_here, dU_here + size, 0.0f);
     const Zeros grad_y(step * tiles.padded * s.c_out), input(step * tiles.padded * s.c_in);
-    const Scratch pooled(grad_x && in.argmax ? step * pixels * s.c_in : 0);
+    const Scratch pooled(grad_x && argmax ? step * pixels * s.c_in : 0);
     for (int64_t first = begin; first < end; first += step) {
       const int64_t images = std::min(step, end - first), from = first * pixels * s.c_in;
       each_padded(tiles, images, s.c_out, [&](int64_t c, int64_t left, auto loop) {
@@ -674,16 +683,17 @@ void conv_backward(const Shape& s, const GradientOf& g, const Input& in, const f
       work.plan(tiles, images, (grad_weight ? 1 : 0) + (grad_x ? (s.c_in + GROUP - 1) / GROUP : 0));
       const int64_t after = first + images, next = std::min(step, end - after);
       const int64_t of_x = pixels * s.c_in, of_y = pixels * s.c_out;
-      for (const float* p : {g.grad, g.out, g.y}) work.soon(p, after * of_y, next * of_y);
-      for (const float* p : {in.x, extra, extra_out}) work.soon(p, after * of_x, next * of_x);
-      const int64_t of_grad_x = in.argmax ? in.x_height * in.x_width * s.c_in : of_x;
+      for (const void* p : {g.x, g.out, g.y}) work.soon(floats(p), after * of_y, next * of_y);
+      for (const void* p : {in.x, extra.x, extra.out})
+        work.soon(floats(p), after * of_x, next * of_x);
+      const int64_t of_grad_x = argmax ? s.x_height * s.x_width * s.c_in : of_x;
       work.soon(grad_x, first * of_grad_x, images * of_grad_x);
       if (grad_weight || in.norm)
-        make_input(tiles, images, s.c_in, in.x + from, in.norm, input.data);
+        make_input(tiles, images, s.c_in, x + from, in.norm, input.data);
       if (grad_weight)
         BY_CHANNELS(weight_gradient, s.c_in)(s, input.data, grad_y.data, images, dU_here, work);
       if (!grad_x) continue;
-      float* const here = in.argmax ? pooled.data : grad_x + from;
+      float* const here = argmax ? pooled.data : grad_x + from;
       BY_CHANNELS(convolve, s.c_out)(back, grad_y.data, U.data, here, images, work);
       if (in.norm)
         each_padded(tiles, images, s.c_in, [&](int64_t c, int64_t left, auto loop) {
@@ -692,23 +702,23 @@ void conv_backward(const Shape& s, const GradientOf& g, const Input& in, const f
           loop([&](int64_t at, int64_t padded) {
             const vec v = relu_backward(load(here + at, left), load(input.data + padded, left));
             sum += v;
-            product += v * (load(in.x + from + at, left) - center);
+            product += v * (load(x + from + at, left) - center);
             store(here + at, v, left);
           });
           sums.add(t, c, sum, product);
         });
-      if (extra)
+      if (extra.x)
         each(images * pixels, s.c_in, [&](int64_t c, int64_t left, auto loop) {
-          const Gradient more({extra, extra_out}, from, s.c_in, c, left);
+          const Gradient more(extra, from, s.c_in, c, left);
           loop([&](int64_t at) { store(here + at, load(here + at, left) + more(at), left); });
         });
-      for (int64_t i = 0; in.argmax && i < images; i++)
-        unpool_image(here + i * pixels * s.c_in, in.argmax + from + i * pixels * s.c_in,
-                     grad_x + (first + i) * in.x_height * in.x_width * s.c_in, in.x_height,
-                     in.x_width, s.c_in);
+      for (int64_t i = 0; argmax && i < images; i++)
+        unpool_image(here + i * pixels * s.c_in, argmax + from + i * pixels * s.c_in,
+                     grad_x + (first + i) * s.x_height * s.x_width * s.c_in, s.x_height, s.x_width,
+                     s.c_in);
     }
   });
-  if (grad_weight) weight_transform_back(s, dU.data, grad_weight);
+  if (grad_weight) weight_transform_back(s, dU.data, nhwc, grad_weight);
   if (grad_x && in.norm) back_rows(sums, s.batch * pixels, in.norm, gamma, back_x);
 }
 
@@ -736,21 +746,21 @@ void finish(int64_t pixels, int64_t channels, const float* y, const float* norm,
   });
 }
 
-void finish_backward(int64_t pixels, int64_t channels, const float* grad, const float* out,
-                     const Normed& y, const Normed* r) {
+void finish_backward(int64_t pixels, int64_t channels, const Source& grad, const Normed& y,
+                     const Normed* r) {
   Sums sums(channels), sums_r(channels);
   share(pixels, [&](int64_t t, int64_t begin, int64_t end) {
     const int64_t from = begin * channels;
     each(end - begin, channels, [&](int64_t c, int64_t left, auto loop) {
-      const Gradient gradient({grad, out}, from, channels, c, left);
+      const Gradient gradient(grad, from, channels, c, left);
       const vec center = load(y.norm + CENTER * channels + c, left);
       const vec center_r = r ? load(r->norm + CENTER * channels + c, left) : vec{};
       vec sum = {}, product = {}, product_r = {};
       loop([&](int64_t at) {
         const vec v = gradient(at);
         sum += v;
-        product += v * (load(y.y + from + at, left) - center);
-        if (r) product_r += v * (load(r->y + from + at, left) - center_r);
+        product += v * (load(floats(y.y) + from + at, left) - center);
+        if (r) product_r += v * (load(floats(r->y) + from + at, left) - center_r);
       });
       sums.add(t, c, sum, product);
       sums_r.add(t, c, sum, product_r);
@@ -760,7 +770,7 @@ void finish_backward(int64_t pixels, int64_t channels, const float* grad, const 
   if (r) back_rows(sums_r, pixels, r->norm, r->gamma, r->back);
 }
 
-void apply_backward(int64_t pixels, int64_t channels, const GradientOf& g, float* grad_y) {
+void apply_backward(int64_t pixels, int64_t channels, const Source& g, float* grad_y) {
   share(pixels, [&](int64_t, int64_t begin, int64_t end) {
     each(end - begin, channels, [&](int64_t c, int64_t left, auto loop) {
       const Gradient gradient(g, begin * channels, channels, c, left);
@@ -769,4 +779,5 @@ void apply_backward(int64_t pixels, int64_t channels, const GradientOf& g, float
   });
 }
 
+}  // namespace cpu
 }  // namespace pool_conv

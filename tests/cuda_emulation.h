@@ -1,9 +1,11 @@
 // Lets g++ compile and run pool_conv.cu on a CPU: every thread of a block is a fiber, __syncthreads
-// hands over to the next one. EMULATION_ORDER (0, 1, 2) runs a block's threads forwards, backwards
+// hands over to the next one. So does whatever a warp does together, for which all warps of a block
+// must be there. EMULATION_ORDER (0, 1, 2) runs a block's threads forwards, backwards
 // or shuffled, so that a missing barrier changes the result; threads of a block that meet different
 // numbers of barriers end the process. A grid that CUDA refuses is an error here, too.
 #pragma once
 #define CUDA_EMULATION
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -13,6 +15,7 @@
 #include <cstring>
 #include <functional>
 #include <random>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -56,17 +59,26 @@ inline __nv_bfloat16 __float2bfloat16(float v) {  // round to nearest even
 namespace emulation {
 constexpr size_t STACK = 64 << 10;
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf resume;  // by which it goes on: swapcontext would ask the system each time
   std::vector<char> stack = std::vector<char>(STACK);
-  bool done = false;
-  int barriers = 0;
+  bool started, done;
+  int barriers;
 };
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline Fiber* current;
 inline const std::function<void()>* body;
 inline void enter() {
   (*body)();
   current->done = true;
+  _longjmp(scheduler, 1);
+}
+inline void run(Fiber& fiber) {  // until its next barrier
+  current = &fiber;
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.resume, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
 }
 
 inline void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
@@ -88,22 +100,20 @@ inline void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
         blockIdx = dim3(x, y, z);
         for (unsigned t = 0; t < block.x; t++) {
           Fiber& fiber = fibers[t];
-          fiber.done = false, fiber.barriers = 0;
-          getcontext(&fiber.context);
-          fiber.context.uc_stack.ss_sp = fiber.stack.data();
-          fiber.context.uc_stack.ss_size = STACK;
-          fiber.context.uc_link = &scheduler;
-          makecontext(&fiber.context, enter, 0);
+          fiber.started = fiber.done = false, fiber.barriers = 0;
+          getcontext(&fiber.start);
+          fiber.start.uc_stack.ss_sp = fiber.stack.data();
+          fiber.start.uc_stack.ss_size = STACK;
+          makecontext(&fiber.start, enter, 0);
         }
         for (bool more = true; more;) {  // from one barrier to the next
           more = false;
           if (order == 2) std::shuffle(turns.begin(), turns.end(), random);
           for (unsigned t : turns) {
-            current = &fibers[t];
-            if (current->done) continue;
+            if (fibers[t].done) continue;
             threadIdx = dim3(t);
-            swapcontext(&scheduler, &current->context);
-            more |= !current->done;
+            run(fibers[t]);
+            more |= !fibers[t].done;
           }
           for (unsigned t = 1; t < block.x; t++)
             if (fibers[t].barriers != fibers[0].barriers || fibers[t].done != fibers[0].done) {
@@ -118,30 +128,76 @@ inline void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
 inline void __syncthreads() {
   emulation::current->barriers++;
   const dim3 mine = threadIdx;
-  swapcontext(&emulation::current->context, &emulation::scheduler);
+  if (!_setjmp(emulation::current->resume)) _longjmp(emulation::scheduler, 1);
   threadIdx = mine;
 }
-// As pool_conv.cu describes it, from the fragments of all lanes. Every thread of the block takes
-// part; two calls in turn use separate memory.
-inline float number(__half v) { return v; }
-inline float number(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+inline float __uint_as_float(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+inline uint32_t __float_as_uint(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return bits;
+}
+inline float to_tf32(float v) {  // to nearest, ties away from zero
+  return v - v == 0 ? __uint_as_float((__float_as_uint(v) + 0x1000) & ~0x1fffu) : v;
+}
+
+// What each lane of a warp gives, for all of them. Two calls in turn use separate memory.
+template <typename V>
+inline const V* together(const V& mine) {
+  static V all[2][1024];
+  V* const now = all[emulation::current->barriers % 2];
+  now[threadIdx.x] = mine;
+  __syncthreads();
+  return now + threadIdx.x / 32 * 32;
+}
+inline float __shfl_sync(unsigned, float v, int lane) { return together(v)[lane]; }
+inline float __shfl_xor_sync(unsigned, float v, int by) {
+  return together(v)[threadIdx.x % 32 ^ by];
+}
+
+// As pool_conv.cu describes them
+template <bool TRANSPOSED>
+inline void load_matrices(const void* row, uint32_t (&v)[4]) {
+  const void* const* rows = together(row);
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  for (int q = 0; q < 4; q++) {
+    auto word = [&](int i, int at) { return static_cast<const char*>(rows[8 * q + i]) + at; };
+    char* const to = reinterpret_cast<char*>(&v[q]);
+    std::memcpy(to, TRANSPOSED ? word(2 * t, 2 * g) : word(g, 4 * t), TRANSPOSED ? 2 : 4);
+    if (TRANSPOSED) std::memcpy(to + 2, word(2 * t + 1, 2 * g), 2);
+  }
+}
+
 template <typename T>
 inline void mma(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&d)[4]) {
-  static uint32_t all_a[2][1024][4], all_b[2][1024][2];
-  const int turn = emulation::current->barriers % 2, warp = threadIdx.x / 32 * 32;
-  std::memcpy(all_a[turn][threadIdx.x], a, sizeof(a));
-  std::memcpy(all_b[turn][threadIdx.x], b, sizeof(b));
-  __syncthreads();
-  auto half = [](uint32_t pair, int which) {
-    T two[2];
-    std::memcpy(two, &pair, 4);
-    return number(two[which]);
+  constexpr int EACH = 4 / sizeof(T);  // numbers in a register
+  struct Numbers {
+    float a[4][EACH], b[2][EACH];
+  } mine;
+  auto unpack = [](uint32_t bits, float* to) {
+    if (sizeof(T) == 4) bits &= ~0x1fffu;  // all that TF32 has
+    T number[EACH];
+    std::memcpy(number, &bits, 4);
+    for (int e = 0; e < EACH; e++) {
+      if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        to[e] = __bfloat162float(number[e]);
+      else
+        to[e] = number[e];
+    }
   };
+  for (int q = 0; q < 4; q++) unpack(a[q], mine.a[q]);
+  for (int q = 0; q < 2; q++) unpack(b[q], mine.b[q]);
+  const Numbers* const of = together(mine);
   for (int q = 0; q < 4; q++) {
-    const int row = threadIdx.x % 32 / 4 + q / 2 * 8, column = threadIdx.x % 4 * 2 + q % 2;
-    for (int k = 0; k < 16; k++)
-      d[q] += half(all_a[turn][warp + row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k % 2) *
-              half(all_b[turn][warp + column * 4 + k % 8 / 2][k / 8], k % 2);
+    const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2 + q % 2;
+    for (int k = 0; k < 8; k++)
+      for (int e = 0; e < EACH; e++)
+        d[q] += of[row * 4 + k % 4].a[q / 2 + k / 4 * 2][e] * of[column * 4 + k % 4].b[k / 4][e];
   }
 }
 #define LAUNCH(kernel, grid, block, stream, ...) \

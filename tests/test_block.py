@@ -113,6 +113,28 @@ def test_block_against_float64(ops, monkeypatch, case):
         assert distance(block.eval()(x, case[5]), exact) < 2e-6
 
 
+@pytest.mark.parametrize("ops", ["emulated"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_block_of_fewer_bits_on_a_gpu(ops, monkeypatch, dtype):
+    """By the CUDA kernels' source in TF32 and under autocast, against the modules in half types."""
+    monkeypatch.setattr(kernels.block, "allows_tf32", lambda: True)
+    monkeypatch.setattr(kernels.block, "_has_type", lambda x: True)
+    block, x, grad = make_case(*CASES[3])
+    block.to(memory_format=torch.channels_last)
+    other = copy.deepcopy(block)
+    expected = in_float64(block, x, grad, "maxpool")
+    with torch.autocast("cpu", torch.bfloat16):  # three bits less than TF32 and float16
+        native = train(other, other.native, x, grad, "maxpool")
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        results = train(block, block, x, grad, "maxpool")
+    assert "BasicBlock" in results[0].grad_fn.name() and results[0].dtype == dtype
+    assert block.conv1.weight.grad.stride() == block.conv1.weight.stride()
+    allowed = 1.5 if dtype == torch.bfloat16 else 0.5
+    for one, by_native, exact in zip(results, native, expected, strict=True):
+        assert distance(one, exact) < allowed * distance(by_native, exact) + 1e-6
+    assert distance(results[0], expected[0]) > 1e-5
+
+
 def make_stem(full):
     """As a chain of torch's modules, and its fused forward pass."""
     conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)

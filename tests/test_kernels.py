@@ -1,4 +1,5 @@
 """kernels/: the operator against float64, its torch rules, its build; CUDA source on a CPU."""
+import contextlib
 import functools
 import importlib.util
 import json
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,7 @@ from conftest import ROOT, shell
 from torch.utils import cpp_extension
 
 import kernels
-from kernels import pool_conv2d
+from kernels import benchmark, pool_conv2d
 
 MODES = ("none", "maxpool", "stride")
 compiler = shutil.which(os.environ.get("CXX", "c++"))
@@ -70,8 +72,8 @@ def build_emulation():
             """ + text + """
             TORCH_LIBRARY_FRAGMENT(emulated, m) {
               m.def("scratch", [](int64_t channels, int64_t batch, int64_t side) {
-                const int n = batch, s = side, c = channels;
-                return pool_conv::grad_weight_partial_floats({n, s, s, s, s, s, s, c, c, 1});
+                return pool_conv::grad_weight_partial_floats(
+                    {batch, side, side, channels, channels, side, side});
               });
             }
             """)
@@ -97,14 +99,14 @@ def ops(request, monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def run(ops, x, weight, downsample, grad_y, grad_pooled):
+def run(ops, x, weight, downsample, grad_y, grad_pooled, tf32=False):
     """As `reference`, by the operators without autograd."""
     mode = kernels.MODES[downsample]
-    y, pooled, argmax = ops.forward(x, weight, mode)
+    y, pooled, argmax = ops.forward(x, weight, mode, tf32)
     if downsample != "maxpool":
         pooled, grad_pooled = x, None
     grad_x, grad_weight = ops.backward(grad_y, grad_pooled, pooled, weight, argmax, mode,
-                                       *x.shape[2:], True, True)
+                                       *x.shape[2:], True, True, tf32)
     return y, pooled, grad_x, grad_weight
 
 
@@ -216,6 +218,75 @@ def test_wrong_arguments():
             pool_conv2d(*arguments)
 
 
+# --------------------------------------------------------------------- operators called directly
+
+def correct_calls(size=4):
+    """Arguments of every operator that it takes, images of size x size."""
+    x = torch.randn(2, 8, size, size)
+    weight = torch.randn(8, 8, 3, 3)
+    rows = torch.rand(6, 8)
+    no_argmax = torch.empty(0, dtype=torch.uint8)
+    return {
+        "forward": (x, weight, 0),
+        "backward": (x, None, x, weight, no_argmax, 0, size, size, True, True),
+        "norm_conv": (x, None, weight, None, None, 1e-5, 0, True),
+        "norm_conv_backward": (x, None, None, None, x, rows, None, weight, None, None, None, 0,
+                               size, size, True, True),
+        "moments": (x, None, None, 1e-5),
+        "finish": (x, rows, None, None),
+        "finish_backward": (x, x, x, rows, None, None, None, None),
+        "apply_backward": (x, None, x, rows)}
+
+
+def test_operators_refuse_empty_images_freed_memory_and_tangents(ops):
+    for name, arguments in correct_calls().items():
+        getattr(ops, name)(*arguments)
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            torch.func.jvp(lambda x: getattr(ops, name)(x, *arguments[1:]), arguments[:1],
+                           arguments[:1])
+        freed = arguments[0].clone()
+        freed.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match="no memory"):
+            getattr(ops, name)(freed, *arguments[1:])
+    for name, arguments in correct_calls(size=0).items():
+        with pytest.raises(ValueError, match="is empty"):
+            getattr(ops, name)(*arguments)
+
+
+def test_operators_refuse_wrong_sizes_and_modes_and_return_nothing_unwritten(ops):
+    calls = correct_calls()
+    for name, first in (("backward", 5), ("norm_conv_backward", 11)):  # mode, height, width
+        for i, value in ((first, 7), (first, -1), (first, 1), (first + 1, 5), (first + 2, 3)):
+            arguments = list(calls[name])
+            arguments[i] = value
+            with pytest.raises(ValueError):
+                getattr(ops, name)(*arguments)
+    with pytest.raises(ValueError, match="too small"):
+        ops.forward(torch.ones(1, 8, 1, 4), torch.ones(8, 8, 3, 3), 1)
+    *arguments, _, want_weight = calls["norm_conv_backward"]
+    grad_x, _, back_x = ops.norm_conv_backward(*arguments, False, want_weight)
+    _, back_r = ops.finish_backward(*calls["finish_backward"])
+    assert grad_x.numel() == back_x.numel() == back_r.numel() == 0
+
+
+def test_operators_refuse_a_wild_argmax_and_a_second_device():
+    kernels.load()
+    ops = torch.ops.pool_conv
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    weight = torch.randn(3, 3, 3, 3, dtype=torch.float64)
+    for index in (-1, 16, 1 << 40):
+        argmax = torch.full((2, 3, 2, 2), index)
+        with pytest.raises(ValueError, match="argmax"):
+            ops.backward(x, None, x, weight, argmax, 1, 4, 4, True, True)
+
+    calls = correct_calls()
+    for name, i in (("forward", 0), ("forward", 1), ("backward", 0), ("backward", 3)):
+        arguments = list(calls[name])
+        arguments[i] = arguments[i].to("meta")
+        with pytest.raises(ValueError, match="meta"):
+            getattr(ops, name)(*arguments)
+
+
 # ---------------------------------------------------------------------------------------- build
 
 @pytest.mark.parametrize("variable, value, cause", [
@@ -267,6 +338,18 @@ def test_the_build_finds_ninja_and_a_compiler_of_several_words(monkeypatch, tmp_
     assert subprocess.check_output([changes["CXX"], "a b"], text=True) == "compile a b"
 
 
+@pytest.mark.parametrize("prefix", ["", "env "])
+def test_a_path_may_hold_any_character(monkeypatch, tmp_path, prefix):
+    monkeypatch.setenv("CXX", prefix + (os.environ.get("CXX") or "c++"))
+    folder = tmp_path / """a $b:c'd"e%f"""
+    folder.mkdir()
+    (folder / "some.h").write_text("#define ANSWER 42")
+    source = folder / "source.cpp"
+    source.write_text('#include "some.h"\nint answer() { return ANSWER; }')
+    kernels._build(folder, "name", [source], cuda=False)
+    assert len(list(folder.glob("name-*.so"))) == 1
+
+
 def test_the_folder_works_alone(monkeypatch, tmp_path):
     """Also with nothing but a finished library, to which it adds nothing: in a container."""
     kernels.load()
@@ -312,6 +395,86 @@ def test_benchmark_writes_its_table(tmp_path):
     assert (tmp_path / "runs/benchmark/benchmark.png").stat().st_size > 10000
 
 
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """CUDA's graphs and events on a CPU: a replay takes as long as what was captured."""
+    gpu = SimpleNamespace(capturing=False, waited=0, launch=20e6)  # microseconds
+
+    def now():
+        return 1e6 * time.perf_counter() + gpu.waited
+
+    def kernel(microseconds):
+        def call():
+            gpu.waited += microseconds + (0 if gpu.capturing else gpu.launch)
+        return call
+
+    @contextlib.contextmanager
+    def capture(graph, stream):
+        start = now()
+        gpu.capturing = True
+        yield
+        gpu.capturing = False
+        took = now() - start
+        gpu.waited -= took
+        graph.replay = kernel(took)
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.synchronize = Mock()
+
+        def record(self):
+            self.at = now()
+
+        def elapsed_time(self, other):  # milliseconds
+            return (other.at - self.at) / 1e3
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
+    gpu.kernel = kernel
+    gpu.clock = benchmark.Clock("cpu")
+    gpu.clock.cuda = True
+    gpu.clock.flush = kernel(85e6)
+    return gpu
+
+
+def test_benchmark_times_kernels_without_launches_and_flushes(fake_gpu):
+    calls = {"native": fake_gpu.kernel(12e6), "fused": fake_gpu.kernel(3e6)}
+    called = benchmark.in_turns(fake_gpu.clock, calls, 3)
+    alone = benchmark.kernel_times(fake_gpu.clock, calls, 3)
+    assert called["native"] == pytest.approx([32e6] * 3, rel=1e-3)
+    assert called["fused"] == pytest.approx([23e6] * 3, rel=1e-3)
+    assert alone["native"] == pytest.approx([12e6] * 3, rel=1e-3)
+    assert alone["fused"] == pytest.approx([3e6] * 3, rel=1e-3)
+
+
+def test_benchmark_on_a_gpu(fake_gpu, monkeypatch):
+    compile_mock = Mock(side_effect=lambda function, **_: function)
+    monkeypatch.setattr(torch, "compile", compile_mock)
+    launch = fake_gpu.kernel(0)
+    weights = []
+
+    def launched_pool_conv2d(x, weight, downsample):
+        launch()
+        weights.append(weight)
+        return pool_conv2d(x, weight, downsample)
+
+    monkeypatch.setattr(kernels, "pool_conv2d", launched_pool_conv2d)
+    args = SimpleNamespace(device="cpu", dtype="float32", batch=4, repeats=1, compile=True)
+    row = benchmark.measure_layer(fake_gpu.clock, args, 1e4, "8,8,8", "maxpool")
+    assert set(row["passes"]) == set(benchmark.PASSES)
+    for name in ("forward", "all"):
+        result = row["passes"][name]
+        assert 0 < result["fused_us"][1] < fake_gpu.launch <= result["called"]["fused_us"][1]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+    step = benchmark.measure_step(fake_gpu.clock, args, (4, 3, 3))
+    assert compile_mock.call_args.kwargs == {"mode": "reduce-overhead"}
+    assert set(step["us"]) == {"native", "fused", "native graph", "fused graph", "native compiled"}
+    assert step["us"]["fused graph"][1] > fake_gpu.launch
+
+
 # ----------------------------------------------------------------------------------------- CUDA
 
 @pytest.mark.parametrize("ops", ["emulated"], indirect=True)
@@ -333,10 +496,11 @@ def test_nvcc_accepts_the_kernels(tmp_path):
 
 
 @pytest.mark.parametrize("ops", ["emulated"], indirect=True)
-@pytest.mark.parametrize("dtype, tolerance", [
-    (torch.float32, 3e-6), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("downsample", MODES)
-def test_cuda_kernels_against_float64(ops, monkeypatch, downsample, dtype, tolerance):
+@pytest.mark.parametrize("dtype, tf32, tolerance", [
+    (torch.float32, False, 3e-6), (torch.float32, True, 6e-4),  # cut off, not rounded: 8e-4
+    (torch.float16, False, 2e-3), (torch.bfloat16, False, 1e-2)])
+@pytest.mark.parametrize("downsample", ["none", "maxpool"])
+def test_cuda_kernels_against_float64(ops, monkeypatch, downsample, dtype, tf32, tolerance):
     shapes = [(2, 16, 16, 16, 16), (1, 3, 17, 9, 21), (3, 20, 40, 7, 6), (1, 33, 5, 11, 2),
               (2, 1, 1, 2, 3), (540, 2, 3, 3, 2)]  # the last: more tiles than shares of a gradient
     for i, (n, c, k, height, width) in enumerate(shapes):
@@ -344,12 +508,27 @@ def test_cuda_kernels_against_float64(ops, monkeypatch, downsample, dtype, toler
         torch.manual_seed(i)
         x = torch.randn(n, c, height, width).relu().to(dtype)
         weight = (torch.randn(k, c, 3, 3) / (9 * c) ** 0.5).to(dtype)
+        if i % 2:
+            weight = weight.to(memory_format=torch.channels_last)
         y, pooled = kernels.native_pool_conv2d(x.float(), weight.float(), downsample)
         grad_y = torch.randn_like(y).to(dtype)
         grad_pooled = torch.randn_like(pooled).to(dtype) * (downsample == "maxpool")
-        results = run(ops, x, weight, downsample, grad_y, grad_pooled)
+        results = run(ops, x, weight, downsample, grad_y, grad_pooled, tf32)
         for one, exact in zip(results, reference(x, weight, downsample, grad_y, grad_pooled)):
             assert distance(one, exact) <= tolerance
+
+
+def test_torchs_precision_of_convolutions_decides(monkeypatch):
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        for precision, override, expected in (("tf32", "", True), ("ieee", "", False),
+                                              ("tf32", "0", False)):
+            conv.fp32_precision = precision
+            monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", override)
+            assert kernels.allows_tf32() == expected
+    finally:
+        conv.fp32_precision = before
 
 
 def test_scratch_memory_of_a_weight_gradient_stays_small():
