@@ -4,11 +4,12 @@
 
 Prints a Markdown table. Runs that differ in nothing but the seed share a row, mean +- standard
 deviation. A short run of train_exhaustive.py is a search, too: all alone.
-- cost: multiply-adds of the training steps, relative to those of the shortest run of one supernet
+- training cost: multiply-adds of the training steps, relative to those of the shortest run of one supernet
   (with uniform draws, if there is one), as they would be with uniform draws
 - tau in n1: Kendall tau over the pairs of configurations of equal n1 alone
-- n1 at its cost: the regret of the configuration of largest n1, of these the dearest, that costs no
-  more than the pick
+- n1 at its macs: the regret of the rule's network (see retrain.py), which needs no search: of the
+  configurations of no more multiply-adds than the pick the one of largest n1, of these the one of
+  the most multiply-adds
 - regret of 3: that of the best of the first three, as after retraining them
 - found: how often one of the three best is among the first four
 - agree: Kendall tau of two runs of the row, mean over the pairs
@@ -18,6 +19,7 @@ the table, every row of three or more seeds against the first one, seed by seed 
 t-test).
 With --out writes compare.png: Kendall tau over the epochs of runs with --rank-every.
 """
+import argparse
 import itertools
 import json
 import sys
@@ -28,8 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import retrain
 
-DIGITS = {"cost": 2, "kendall_tau": 3, "tau in n1": 3, "pick_rank": 1, "regret": 3,
-          "n1 at its cost": 3, "regret of 3": 3}
+DIGITS = {"training cost": 2, "kendall_tau": 3, "tau in n1": 3, "pick_rank": 1, "regret": 3,
+          "n1 at its macs": 3, "regret of 3": 3}
+# settings that tell nothing of a search; dataset and num_train tell of its data
+IGNORED = {"out", "data_dir", "cache_dir", "device", "threads", "ground_truth", "rank_every",
+           "config", "seeds", "source", "top", "seed", "kernel", "data"}
 
 
 def read_search(folder: Path) -> dict:
@@ -63,9 +68,7 @@ def differing_settings(searches: list[dict]) -> list[str]:
     for search in searches:
         for name, value in search["settings"].items():
             values.setdefault(name, set()).add(str(value))
-    # dataset and num_train tell of other data
-    ignored = common.NOT_COMPARED - {"dataset"} | {"seed", "kernel", "data"}
-    return [name for name in values if len(values[name]) > 1 and name not in ignored]
+    return [name for name in values if len(values[name]) > 1 and name not in IGNORED]
 
 
 def judge(ranking: dict[tuple, float], truth: dict[tuple, float], macs: dict[tuple, int]) -> dict:
@@ -81,7 +84,7 @@ def judge(ranking: dict[tuple, float], truth: dict[tuple, float], macs: dict[tup
     largest_n1 = max(affordable, key=lambda config: (config[0], macs[config]))
     return common.rank_metrics(ranking, truth) | {
         "tau in n1": mean(signs) if signs else None, "found": bool({*first} & {*best}),
-        "n1 at its cost": truth[best[0]] - truth[largest_n1],
+        "n1 at its macs": truth[best[0]] - truth[largest_n1],
         "regret of 3": truth[best[0]] - max(truth[config] for config in first[:3]),
         "pick": common.config_name(first[0])}
 
@@ -103,15 +106,15 @@ def compare_seeds(rows: dict[tuple, list[dict]]) -> None:
                       f"{metric} {difference:+.3f}{tested}, n = {len(pairs)}")
 
 
-def mean_and_spread(values: list[float | None], digits: int) -> str:
+def mean_and_deviation(values: list[float | None], digits: int) -> str:
     values = [value for value in values if value is not None]
-    deviation = f" +- {common.spread(values):.{digits}f}" if len(values) > 1 else ""
+    deviation = f" +- {common.standard_deviation(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{deviation}" if values else "-"
 
 
 def judged_cells(searches: list[dict]) -> list[str]:
     """The cells of DIGITS and "found"."""
-    cells = [mean_and_spread([search[name] for search in searches], digits)
+    cells = [mean_and_deviation([search[name] for search in searches], digits)
              for name, digits in DIGITS.items()]
     return [*cells, f"{sum(search['found'] for search in searches)} of {len(searches)}"]
 
@@ -123,8 +126,8 @@ def together(searches: list[dict], truth: dict[tuple, float], macs: dict[tuple, 
     rankings = [search["accuracies"] for search in searches]
     averaged = {config: -rank for config, rank in retrain.average_ranks(rankings).items()}
     found = judge(averaged, truth, macs)
-    return [mean_and_spread([common.mean_tau(rankings)], 3),
-            f"{mean_and_spread([found['kendall_tau']], 3)}, {found['regret']:.3f}"]
+    return [mean_and_deviation([common.mean_tau(rankings)], 3),
+            f"{mean_and_deviation([found['kendall_tau']], 3)}, {found['regret']:.3f}"]
 
 
 def plot(columns: list[str], curves: dict[tuple, dict[int, list[float]]], path: Path) -> None:
@@ -133,7 +136,7 @@ def plot(columns: list[str], curves: dict[tuple, dict[int, list[float]]], path: 
     for row, taus in curves.items():
         epochs = sorted(taus)
         means = [mean(taus[epoch]) for epoch in epochs]
-        deviations = [common.spread(taus[epoch]) for epoch in epochs]
+        deviations = [common.standard_deviation(taus[epoch]) for epoch in epochs]
         label = ", ".join(f"{name} {value}" for name, value in zip(columns, row) if value)
         axes.errorbar(epochs, means, deviations, marker="o", capsize=3, label=label or "all")
     axes.set(xlabel="epoch", ylabel="Kendall tau: mean, standard deviation over runs")
@@ -143,7 +146,7 @@ def plot(columns: list[str], curves: dict[tuple, dict[int, list[float]]], path: 
 
 
 def main() -> None:
-    parser = common.Parser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ground-truth", required=True, help="results.csv of train_exhaustive.py")
     parser.add_argument("--out", type=Path, help="folder for compare.png")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a search's folder")
@@ -164,7 +167,7 @@ def main() -> None:
     curves = {}  # Kendall taus by row and epoch
     for search in searches:
         search |= judge(search["accuracies"], truth, macs)
-        search["cost"] = search["training_macs"] / unit if unit else None
+        search["training cost"] = search["training_macs"] / unit if unit else None
         row = (*[str(search["settings"].get(name, "")) for name in columns],
                f"{search['steps']:,}")
         rows.setdefault(row, []).append(search)
@@ -183,7 +186,7 @@ def main() -> None:
         cells = [*row, str(len(runs)), *judged_cells(runs), *together(runs, truth, macs), picks]
         print("| " + " | ".join(cells) + " |")
     for name, ranking in free.items():
-        found = judge(ranking, truth, macs) | {"cost": 0.0}
+        found = judge(ranking, truth, macs) | {"training cost": 0.0}
         cells = [name, *[""] * (len(columns) + 1), *judged_cells([found]), "", "", found["pick"]]
         print("| " + " | ".join(cells) + " |")
     print()

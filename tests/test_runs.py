@@ -88,7 +88,7 @@ def test_a_finished_search_is_shown_again_and_other_settings_are_refused(finishe
     code, out, err = run(folder, *COMMANDS["mixture"])
     assert (code, err) == (0, "") and "\npick: " in out and "epoch" not in out
     check_error(run(folder, *COMMANDS["mixture"], "--num-supernets", "2"), 2,
-                "other settings (num_supernets 4 there, 2 now): --num-supernets 4 continues it; or choose")
+                "(num_supernets 4 there, 2 now): --num-supernets 4 continues it; or choose another")
     assert (folder / "runs/mixture-digits/result.json").read_bytes() == before
 
 
@@ -340,7 +340,7 @@ def test_compare_prints_the_metrics_of_every_search(finished, tmp_path):
         assert rows[kind]["regret"] == f"{result['metrics']['regret']:.3f}"
         macs = np.array([entry["macs"] for entry in result["ranking"]])
         steps = np.sum([entry["steps"] for entry in result["ranking"]], 1)
-        assert rows[kind]["cost"] == f"{macs @ steps / (20 * macs.mean()):.2f}"
+        assert rows[kind]["training cost"] == f"{macs @ steps / (20 * macs.mean()):.2f}"
     assert rows["exhaustive"]["kendall_tau"] == "1.000"  # against itself
     assert rows["exhaustive"]["found"] == "1 of 1"
     assert rows["by multiply-adds"]["picks"] == "8,1,1"
@@ -353,7 +353,7 @@ def test_compare_finds_the_largest_n1_at_the_cost_of_the_pick():
     truth = {(1, 3): 0.3, (2, 2): 0.5, (3, 1): 0.8}
     for macs, regret in ((20, 0.0), (40, 0.3)):  # of 3,1; the pick is 2,2
         metrics = judge(ranking, truth, {(1, 3): 10, (2, 2): 30, (3, 1): macs})
-        assert metrics["n1 at its cost"] == pytest.approx(regret)
+        assert metrics["n1 at its macs"] == pytest.approx(regret)
 
 
 def test_compare_takes_a_search_whose_accuracies_are_all_equal(finished, tmp_path):
