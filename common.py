@@ -88,7 +88,7 @@ NETWORK_PROTOCOLS = {
     "resnet50": {"epochs": (400, 200), "weight_decay": 5e-4, "temperature": [1.0, 300.0]},
 }
 DATASET_PROTOCOLS = {
-    "digits": {"epochs": (8, 6), "batch_size": 32, "flip": False},  # a minute on a CPU
+    "digits": {"epochs": (8, 6), "batch_size": 32, "flip": False},  # minutes on a CPU
     "fashion-mnist": {"flip": False},  # a mirrored shoe is another shoe
     "cifar10": {},
     "cifar100": {},
@@ -215,6 +215,8 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None, sea
     first, unknown = parser.parse_known_args(argv)
     if any(flag.startswith(("--local-rank", "--local_rank")) for flag in unknown):
         raise UserError("start many processes with torchrun, not with torch.distributed.launch")
+    if first.dataset != taken_over.get("dataset"):  # of other images nothing is known
+        taken_over = {name: taken_over[name] for name in taken_over.keys() - {"flip", "image_size"}}
     of_protocol = protocol(first.dataset, first.arch, search) | taken_over
     parser.set_defaults(**{name: of_protocol[name] for name in vars(first) if name in of_protocol})
     parser.add_argument("-h", "--help", action="help", help="show this text and end")
@@ -1646,7 +1648,8 @@ ROLES = {
     "extends stages 1 and 3": {"configs", "max_macs", "seeds", "config", "source", "top"},
     "taken over by stage 3": {"dataset", "data_dir", "test_fraction", "image_size", "num_train",
                               "flip", "arch", "num_resolutions", "downsample", "width", "metric"},
-    "one in all searches": {"data", "arch", "num_resolutions", "downsample", "width", "metric"},
+    "one in all searches": {"data", "flip", "arch", "num_resolutions", "downsample", "width",
+                            "metric"},
 }
 locks = set()  # the files, by device and inode, that this process has locked
 
@@ -1699,7 +1702,7 @@ def refuse_other_settings(before: dict, settings: dict, folder: Path) -> None:
     if not {"stage", "data"} & set(differing):
         flags = " ".join(flag(name, before[name]) for name in differing)
         message += f"{flags} continues it; or "
-    raise UserError(message + "choose another --out, or delete it")
+    raise UserError(message + "choose another --out, or delete the folder")
 
 
 def flag(name: str, value: object) -> str:
@@ -1741,17 +1744,18 @@ def environment(args: Namespace) -> dict:
 
 # ------------------------------------------------------------------------ reports and plots
 
-def collect_results(folder: Path) -> tuple[list[dict], list[str]]:
+def collect_results(folder: Path) -> tuple[list[dict], dict[tuple[Config, int], str]]:
     """Write results.csv, a row a finished network, from the networks' json files. Returns its rows,
-    and a line for each network that diverged."""
+    and a line for each (configuration, seed) that diverged."""
     columns = ["config", "seed", "test_accuracy", "train_accuracy", "train_loss"]
     paths = sorted((folder / "networks").glob("[0-9]*.json"))  # no tmp-*, of another rank
     rows = []
-    diverged = []
+    diverged = {}
     for path in paths:
         network = load(path)
         if "error" in network:
-            diverged.append(f"{path.stem} ({network['error']}; delete {path} to try it again)")
+            pair = (parse_config(network["config"]), network["seed"])
+            diverged[pair] = f"{path.stem} ({network['error']}; delete {path} to try it again)"
         else:
             rows.append(network["history"][-1] | network)
     rows.sort(key=lambda row: (row["seed"], parse_config(row["config"])))
@@ -1866,8 +1870,10 @@ def report_search(folder: Path, result: dict, space: Space,
         for entry, config in zip(ranking, accuracies):
             entry["ground_truth"] = truth[config]
     save(folder / "result.json", result)
-    method = f"mixture of {settings['num_supernets']}" if "num_supernets" in settings else "single"
-    title = f"{Path(settings['dataset']).name}, {settings['arch']}, {method} SuperNet"
+    method = f"mixture of {settings.get('num_supernets')} SuperNets"
+    if "num_supernets" not in settings:
+        method = "one SuperNet"
+    title = f"{Path(settings['dataset']).name}, {settings['arch']}, {method}"
     if result["metrics"]:
         metrics = [f"{name} {'undefined' if value is None else format(value, '.4g')}"
                    for name, value in result["metrics"].items()]

@@ -44,9 +44,10 @@ def read_searches(folders: list[str]) -> tuple[dict, list[dict[str, float]]]:
         raise UserError("--from: the same run twice tells nothing new")
     rankings = [{entry["config"]: entry["accuracy"] for entry in result["ranking"]}
                 for result in results]
+    usual = common.protocol(settings.get("dataset"), settings["arch"])  # of runs older than --flip
     for folder, result, ranking in zip(folders, results, rankings):
         for name in sorted(common.ROLES["one in all searches"]):
-            if result["settings"].get(name) != settings.get(name):
+            if result["settings"].get(name, usual.get(name)) != settings.get(name, usual.get(name)):
                 raise UserError(f"{folder} is a search of another {name} than {folders[0]}")
         if ranking.keys() != rankings[0].keys():
             raise UserError(f"{folder} ranks other configurations than {folders[0]}")
@@ -147,21 +148,21 @@ def significant(entries: dict[str, dict], sign: int) -> list[str]:
 def conclusion(entries: dict[str, dict]) -> str:
     """What the comparison shows, and what it cannot."""
     if len(entries) == 1:
-        return "The default itself was chosen: there is nothing to compare."
+        return "Only the default has been trained: there is nothing to compare."
     tested = {name: entry for name, entry in entries.items() if "p_holm" in entry}
     if not tested:
         return "Nothing can be concluded from a difference without spread: give more --seeds."
     better = significant(entries, 1)
     worse = significant(entries, -1)
-    cheaper = [name for name, entry in tested.items()
+    cheaper = [f"{name} ({entry['difference']:+.4f})" for name, entry in entries.items()
                if entry["relative_macs"] < 1 and name not in worse]
     half = mean((entry["interval"][1] - entry["interval"][0]) / 2 for entry in tested.values())
     seeds = next(iter(tested.values()))["seeds"]
     return (f"Better than the default (5 % level, Holm over {len(tested)}): "
             f"{' '.join(better) or 'none'}; worse: {' '.join(worse) or 'none'}.\n"
             f"Of fewer multiply-adds and not shown to be worse: {' '.join(cheaper) or 'none'}.\n"
-            f"With {seeds} seeds a difference below about {half:.4f} goes unseen, and all this is "
-            "for these epochs and this data.")
+            f"With {seeds} seeds a difference below about {min(half, 1):.4f} or more goes unseen, "
+            "and all this is for these epochs and this data.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -195,6 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     rows, diverged = common.collect_results(folder)
+    diverged = [diverged[pair] for pair in pairs if pair in diverged]
     failure = TrainingError(f"{len(diverged)} networks diverged: {', '.join(diverged)}")
     rows = [row for row in rows if row["seed"] in seeds]
     accuracies = {config: values for config, values in common.by_config(rows).items()
@@ -218,7 +220,8 @@ def main(argv: list[str] | None = None) -> None:
         print("The rule's network, which needs no search, is the pick itself.")
     elif rule in accuracies and chosen[0] in accuracies:
         difference, interval, p = paired_comparison(accuracies[chosen[0]], accuracies[rule])
-        print(f"The pick is {difference:+.4f} ({interval}, p = {p}) from the rule's network, "
+        tested = "" if p is None else f" ({interval}, p = {p:.3f})"
+        print(f"The pick is {difference:+.4f}{tested} from the rule's network, "
               f"{config_name(rule)}, which needs no search.")
     better = significant(entries, 1)
     take = min(better, key=lambda name: entries[name]["relative_macs"], default=default)

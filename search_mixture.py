@@ -1,6 +1,6 @@
 """Stage 2b, the main job: rank every pooling configuration with a balanced mixture of SuperNets.
 
-    python search_mixture.py                                       # embedded digits, a minute
+    python search_mixture.py                                       # embedded digits, minutes
     python search_mixture.py --dataset cifar10 --num-supernets 4   # the paper's protocol
     torchrun --nproc-per-node=4 search_mixture.py --dataset cifar10 --num-supernets 4
 

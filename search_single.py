@@ -1,6 +1,6 @@
 """Stage 2a, the baseline: one SuperNet, single-path one-shot (SPOS).
 
-    python search_single.py                                     # embedded digits, half a minute
+    python search_single.py                                     # embedded digits, minutes
     python search_single.py --dataset cifar10 --epochs 24
     python search_single.py --dataset cifar10 --draw uniform    # as in the paper
 

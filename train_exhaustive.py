@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     rows, diverged = common.collect_results(folder)
+    diverged = [diverged[pair] for pair in pairs if pair in diverged]
     failure = TrainingError(f"{len(diverged)} networks diverged: {', '.join(diverged)}")
     if not rows:
         raise failure

@@ -227,8 +227,8 @@ def test_conclusions_by_hand():
         entries["a"]["difference"] = difference
         shown, cheaper, unseen = retrain.conclusion(entries).splitlines()
         assert shown.endswith(f"Holm over 2): {better}; worse: {worse}.")
-        assert cheaper == "Of fewer multiply-adds and not shown to be worse: b."
-        assert unseen.startswith("With 3 seeds a difference below about 0.0150 goes unseen")
+        assert cheaper == "Of fewer multiply-adds and not shown to be worse: b (+0.0100)."
+        assert unseen.startswith("With 3 seeds a difference below about 0.0150 or more goes unseen")
 
 
 def test_the_rules_network_is_the_one_of_most_layers_at_full_resolution(digits):
@@ -614,6 +614,7 @@ def test_a_weight_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     ("retrain", "--from one two", "two is a search of another width than one"),
     ("retrain", "--from one three", "three ranks other configurations than one"),
     ("retrain", "--from one one/", "the same run twice"),
+    ("retrain", "--from one four", "four is a search of another flip than one"),
     ("search_mixture", "--local-rank=1", "start many processes with torchrun"),
     ("retrain", "--config 8,1,1 --max-macs 1", "allows no configuration of the ranking"),
     ("retrain", "", "give either --from RUN")])
@@ -629,6 +630,10 @@ def test_mistakes_end_with_one_line_and_leave_everything(stage, argv, message, t
         common.save(tmp_path / name / "result.json", {
             "settings": {"arch": "resnet20", "width": i % 2}, "pick": "4,3,3",
             "ranking": [{"config": f"{4 + i // 2},3,3", "accuracy": 0.5}]})
+    shutil.copytree(tmp_path / "one", tmp_path / "four")
+    content = common.load(tmp_path / "four/result.json")
+    content["settings"]["flip"] = False
+    common.save(tmp_path / "four/result.json", content)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     check_error(run(tmp_path, stage, *argv.split(), *NATIVE), 2, message)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*")
