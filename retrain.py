@@ -155,7 +155,7 @@ def conclusion(entries: dict[str, dict]) -> str:
     better = significant(entries, 1)
     worse = significant(entries, -1)
     cheaper = [f"{name} ({entry['difference']:+.4f})" for name, entry in entries.items()
-               if entry["relative_macs"] < 1 and name not in worse]
+               if "difference" in entry and entry["relative_macs"] < 1 and name not in worse]
     half = mean((entry["interval"][1] - entry["interval"][0]) / 2 for entry in tested.values())
     seeds = next(iter(tested.values()))["seeds"]
     return (f"Better than the default (5 % level, Holm over {len(tested)}): "
