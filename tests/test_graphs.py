@@ -104,6 +104,10 @@ def test_graphs_compute_what_operators_do(amp, supernet, kernel, most, images, m
     args = arguments("--width", "0.5", "--amp", amp, "--weight-decay", "0.01")
     networks = [common.make_network(args, images, supernet, seed, images.device)
                 for seed in (0, 1, 0, 1)]
+    for network in networks:  # a weight of one configuration: its first gradient comes late
+        network.extra = torch.nn.Parameter(torch.ones(3, device=images.device))
+        network.register_forward_hook(lambda network, inputs, logits: (
+            logits * network.extra if inputs[1] == CONFIGS[1] else None))
     first, second, *others = [common.Learner(network, args) for network in networks]
     trained = train(images, first, second)
     assert len(Graphs.alive) == min(8, most) and len(Graphs.inputs) == 2
