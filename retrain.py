@@ -119,7 +119,8 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
 
 
 def compare(accuracies: dict[Config, list[float]], space: Space) -> dict[str, dict]:
-    """What result.json says of each configuration, the most accurate first."""
+    """What result.json says of each configuration, the most accurate first. verdict: whether it is
+    shown, at the 5 % level by Holm's p, to be "better" or "worse" than the default."""
     entries = {}
     for config in sorted(accuracies, key=lambda config: -mean(accuracies[config])):
         values = accuracies[config]
@@ -133,35 +134,23 @@ def compare(accuracies: dict[Config, list[float]], space: Space) -> dict[str, di
     tested = {name: entry["p_value"] for name, entry in entries.items()
               if entry.get("p_value") is not None}
     for name, p in holm(tested).items():
-        entries[name]["p_holm"] = p
+        verdict = "better" if entries[name]["difference"] > 0 else "worse"
+        entries[name] |= {"p_holm": p, "verdict": verdict if p < 0.05 else "not shown"}
     return entries
 
 
-def significant(entries: dict[str, dict], sign: int) -> list[str]:
-    """The configurations shown to be better (sign 1) or worse (-1) than the default: at the 5 %
-    level, by Holm's p."""
-    return [name for name, entry in entries.items()
-            if entry.get("p_holm", 1) < 0.05 and sign * entry["difference"] > 0]
-
-
 def conclusion(entries: dict[str, dict]) -> str:
-    """What the comparison shows, and what it cannot."""
+    """How to read the table of the entries, and what it cannot show."""
     if len(entries) == 1:
         return "Only the default has been trained: there is nothing to compare."
-    tested = {name: entry for name, entry in entries.items() if "p_holm" in entry}
+    tested = [entry for entry in entries.values() if "p_holm" in entry]
     if not tested:
         return "Nothing can be concluded from a difference without spread: give more --seeds."
-    better = significant(entries, 1)
-    worse = significant(entries, -1)
-    cheaper = [f"{name} ({entry['difference']:+.4f})" for name, entry in entries.items()
-               if "difference" in entry and entry["relative_macs"] < 1 and name not in worse]
-    half = mean((entry["interval"][1] - entry["interval"][0]) / 2 for entry in tested.values())
-    seeds = next(iter(tested.values()))["seeds"]
-    return (f"Better than the default (5 % level, Holm over {len(tested)}): "
-            f"{' '.join(better) or 'none'}; worse: {' '.join(worse) or 'none'}.\n"
-            f"Of fewer multiply-adds and not shown to be worse: {' '.join(cheaper) or 'none'}.\n"
-            f"With {seeds} seeds a difference below about {min(half, 1):.4f} or more goes unseen, "
-            "and all this is for these epochs and this data.")
+    half = mean((entry["interval"][1] - entry["interval"][0]) / 2 for entry in tested)
+    return ("difference: to the default, with its 95 % interval; verdict: better or worse than the "
+            f"default at the 5 % level, by Holm's p over {len(tested)}\n"
+            f"With {tested[0]['seeds']} seeds a difference below about {min(half, 1):.4f} or more "
+            "goes unseen, and all this is for these epochs and this data.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -208,9 +197,8 @@ def main(argv: list[str] | None = None) -> None:
     common.plot_results(folder / "comparison.png", accuracies, "test accuracy", space,
                         f"{Path(args.dataset).name}, {args.arch}, trained alone")
     columns = {"config": "", "test_accuracy": ".4f", "std": ".4f", "relative_macs": ".2f",
-               "difference": "+.4f", "interval": "", "p_holm": ".3f"}
+               "difference": "+.4f", "interval": "", "p_holm": ".3f", "verdict": ""}
     common.print_ranking([{"config": name} | entries[name] for name in entries], columns, default)
-    print("difference: to the default, with its 95 % interval and Holm's p")
     print(conclusion(entries))
     if rule == chosen[0]:
         print("The rule's network, which needs no search, is the pick itself.")
@@ -219,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         tested = "" if p is None else f" ({interval}, p = {p:.3f})"
         print(f"The pick is {difference:+.4f}{tested} from the rule's network, "
               f"{config_name(rule)}, which needs no search.")
-    better = significant(entries, 1)
+    better = [name for name, entry in entries.items() if entry.get("verdict") == "better"]
     take = min(better, key=lambda name: entries[name]["relative_macs"], default=default)
     why = "of the fewest multiply-adds that is" if better else "the default: none is"
     print(f"take {take}, {why} shown to be better; "
