@@ -85,11 +85,6 @@ def assert_close(results, expected, tolerance):
         assert distance(one, exact) < tolerance
 
 
-def assert_equal(results, expected):
-    for one, exact in zip(results, expected, strict=True):
-        assert torch.equal(one, exact)
-
-
 def make_case(n, c_in, c_out, height, width, downsample, full, change=None):
     """Block, input, gradient of the output; where no ReLU is so near to 0 that rounding, which is
     another on another CPU, could open or close it."""
@@ -182,26 +177,29 @@ def test_block_on_a_gpu(case):
     expected = in_float64(block, x, grad, case[5])
     results = train(block.cuda(), block, x.cuda(), grad.cuda(), case[5])
     assert_close([result.cpu() for result in results], expected, 5e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or not asked for: GPU=0")
+def test_a_norm_on_another_device_is_refused():
+    block = Block(16, 16, True).cuda()
     block.norm2.cpu()
-    if case[6]:
-        with pytest.raises(ValueError, match="is on cpu, not on cuda:0"):
-            block(x.cuda(), case[5])
+    with pytest.raises(ValueError, match="is on cpu, not on cuda:0"):
+        block(torch.ones(2, 16, 4, 4, device="cuda"))
 
 
 # --------------------------------------------------------------------- operators called directly
 
 class Recorder(TorchDispatchMode):
-    """Keeps every call of our operators: function, arguments, result."""
+    """Keeps every call of our operators: function and arguments."""
 
     def __init__(self):
         super().__init__()
         self.calls = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
         if function.namespace in ("pool_conv", "emulated"):
-            self.calls.append((function, args, result))
-        return result
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -211,35 +209,16 @@ def calls(ops):
     with Recorder() as recorder:
         train(block, block, x, grad, "maxpool")
         with torch.no_grad():
-            run(ops, x, block.conv1.weight, "maxpool", grad, x[:, :, ::2, ::2][:, :, :2])
-    assert len({function for function, _, _ in recorder.calls}) == 8
+            run(ops, x, block.conv1.weight, "maxpool", grad, x[:, :, :2, :3])
+    assert len({function for function, _ in recorder.calls}) == 8
     return recorder.calls
-
-
-def is_full(argument):
-    return isinstance(argument, torch.Tensor) and argument.numel() > 0
-
-
-def elsewhere(argument):
-    """A copy of a tensor that is NCHW, at an address that is no multiple of 16."""
-    if not is_full(argument):
-        return argument
-    memory = torch.empty(argument.numel() + 1, dtype=argument.dtype)
-    return memory[1:].view(argument.shape).copy_(argument)
-
-
-@torch.no_grad()
-def test_operators_take_tensors_that_lie_anywhere(calls):
-    """As they may when torch.autograd.graph.save_on_cpu has brought them back."""
-    for function, args, expected in calls:
-        assert_equal(function(*map(elsewhere, args)), expected)
 
 
 def wrong_versions(argument):
     """What no operator takes in place of an argument, and the errors."""
     if type(argument) is int:  # a mode or a size
         return [(argument + 5, ValueError), (-1, ValueError)]
-    if not is_full(argument):
+    if not isinstance(argument, torch.Tensor) or argument.numel() == 0:
         return []
     fewer = argument[:, 1:] if argument.dim() > 1 else argument[1:]
     freed = argument.clone()
@@ -255,7 +234,7 @@ def wrong_versions(argument):
 def test_operators_check_every_tensor(calls):
     """And every mode and size: instead of reading, or writing, where nothing is."""
     with forward_ad.dual_level():
-        for function, args, _ in calls:
+        for function, args in calls:
             for i, argument in enumerate(args):
                 for wrong, errors in wrong_versions(argument):
                     with pytest.raises(errors):
@@ -270,8 +249,6 @@ def test_operators_refuse_what_has_no_kernel(ops):
         ops.norm_conv(x, norm, weight, None, None, 0, kernels.MODES["maxpool"], False)
     with pytest.raises(ValueError, match="too small"):
         ops.forward(x[:, :, :1], weight, kernels.MODES["maxpool"])
-    with pytest.raises(ValueError, match="is empty"):
-        ops.forward(x[:, :, :0], weight, kernels.MODES["none"])
     with pytest.raises(ValueError, match="is empty"):
         ops.moments(x[:0], None, None, 0)
 
@@ -341,8 +318,9 @@ def test_an_empty_batch_is_torchs(training):
     native = copy.deepcopy(block)
     x = torch.zeros(0, 16, 8, 8)
     grad = torch.zeros(0, 16, 4, 4)
-    assert_equal(train(block, block, x, grad, "maxpool"),
-                 train(native, native.native, x, grad, "maxpool"))
+    expected = train(native, native.native, x, grad, "maxpool")
+    results = train(block, block, x, grad, "maxpool")
+    assert all(map(torch.equal, results, expected))
     with torch.no_grad():
         assert block(x, "maxpool").shape == grad.shape
 
@@ -381,13 +359,11 @@ def prune_half(block):
 
 CHANGES = [
     lambda block: block.conv1.register_forward_hook(lambda module, inputs, y: 2 * y),
-    lambda block: block.norm2.register_forward_pre_hook(lambda module, inputs: inputs[0].square()),
     lambda block: block.shortcut.register_forward_hook(lambda module, inputs, y: 2 * y),
     lambda block: block.conv2.register_full_backward_hook(lambda module, grads, _: (2 * grads[0],)),
     lambda block: setattr(block, "conv1", nn.Conv2d(16, 24, 3, padding=2, dilation=2, bias=False)),
     lambda block: setattr(block, "conv2", nn.Conv2d(24, 24, 3, padding=1)),
     lambda block: setattr(block, "conv2", nn.Conv2d(24, 24, 3, padding=1, groups=4, bias=False)),
-    lambda block: setattr(block, "norm1", nn.InstanceNorm2d(24, affine=True)),
     lambda block: setattr(block, "norm2", Shifted(24)),
     lambda block: setattr(block.norm2, "forward", MethodType(Shifted.forward, block.norm2)),
     lambda block: setattr(block.norm1, "track_running_stats", False),
