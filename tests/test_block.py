@@ -4,10 +4,11 @@ import copy
 from types import MethodType
 
 import pytest
+import test_kernels
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from test_kernels import distance, emulated_only, needs_compiler, ops, run  # noqa: F401  a fixture
+from test_kernels import distance, emulated_only, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
@@ -16,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 
-pytestmark = needs_compiler
+pytestmark = test_kernels.pytestmark
+ops = test_kernels.ops  # a fixture
 # n, c_in, c_out, height, width, downsample, affine parameters and running statistics
 CASES = [(3, 16, 16, 12, 12, "none", False), (3, 16, 16, 12, 12, "none", True),
          (2, 16, 32, 16, 16, "maxpool", False), (3, 20, 20, 9, 11, "maxpool", True),

@@ -26,8 +26,7 @@ from kernels import benchmark, pool_conv2d
 
 MODES = ("none", "maxpool", "stride")
 compiler = shutil.which(os.environ.get("CXX", "c++"))
-needs_compiler = pytest.mark.skipif(not compiler, reason="no C++ compiler")
-pytestmark = needs_compiler
+pytestmark = pytest.mark.skipif(not compiler, reason="no C++ compiler")
 
 
 def distance(result, exact):
@@ -315,40 +314,12 @@ def test_benchmark_writes_its_table(tmp_path):
     assert (tmp_path / "runs/benchmark/benchmark.png").stat().st_size > 10000
 
 
-class FakeGPU(benchmark.Clock):
-    """Its time is what kernels take, and 20 us for the launch of a kernel or of a graph."""
-
-    def __init__(self):
-        super().__init__("cpu")
-        self.cuda = True
-        self.launch = 20
-        self.time = 0
-
-    def kernel(self, microseconds):
-        self.time += microseconds + self.launch
-
-    def flush(self):
-        self.kernel(85)
-
-    def by_events(self, call):
-        start = self.time
-        call()
-        return self.time - start
-
-    def graph(self, calls):
-        self.launch = 0
-        took = sum(map(self.by_events, calls))
-        self.launch = 20
-        return lambda: self.kernel(took)
-
-
 def test_benchmark_times_kernels_without_launches_and_flushes():
-    gpu = FakeGPU()
-    calls = {"native": lambda: gpu.kernel(12), "fused": lambda: gpu.kernel(3)}
-    called = benchmark.in_turns(gpu, calls, 3)
-    assert (called["native"], called["fused"]) == ([32] * 3, [23] * 3)
-    alone = benchmark.kernel_times(gpu, calls, 3)
-    assert (alone["native"], alone["fused"]) == ([12] * 3, [3] * 3)
+    """By a clock for which a call is the microseconds that it takes."""
+    clock = SimpleNamespace(flush=85, graph=lambda calls: Mock(kernels=sum(calls)),
+                            by_events=lambda graph: 20 + graph.kernels)  # 20: its launch
+    times = benchmark.kernel_times(clock, {"native": 12, "fused": 3}, repeats=3)
+    assert times == {"native": [12] * 3, "fused": [3] * 3}
 
 
 # ----------------------------------------------------------------------------------------- CUDA
