@@ -1,21 +1,22 @@
-// Lets g++ compile and run pool_conv.cu on a CPU: every thread of a block is a fiber, __syncthreads
-// hands over to the next one. So does whatever a warp does together, for which all warps of a block
-// must be there. EMULATION_ORDER (0, 1, 2) runs a block's threads forwards, backwards
-// or shuffled, so that a missing barrier changes the result; threads of a block that meet different
-// numbers of barriers end the process. A grid that CUDA refuses is an error here, too.
+// Lets g++ compile and run pool_conv.cu on a CPU. Every thread of a block is a fiber, which runs
+// until __syncthreads, or whatever a warp does together, for which all warps of a block must be
+// there. From one of these barriers to the next a block's threads run in another order, so that a
+// missing barrier changes the result. If only some threads meet a barrier, the process ends. A grid
+// that CUDA refuses is an error here, too.
 #pragma once
 #define CUDA_EMULATION
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <c10/util/bit_cast.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <random>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -37,37 +38,26 @@ inline cudaError_t last_error;
 inline cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid configuration argument"; }
 
-using __half = _Float16;
-struct __nv_bfloat16 {
-  uint16_t bits;
-};
+using __half = c10::Half;
+using __nv_bfloat16 = c10::BFloat16;
 inline float __half2float(__half v) { return v; }
 inline __half __float2half(float v) { return v; }
-inline float __bfloat162float(__nv_bfloat16 v) {
-  const uint32_t bits = uint32_t(v.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-inline __nv_bfloat16 __float2bfloat16(float v) {  // round to nearest even
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  if (v != v) return {uint16_t(bits >> 16 | 64)};
-  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
+inline float __bfloat162float(__nv_bfloat16 v) { return v; }
+inline __nv_bfloat16 __float2bfloat16(float v) { return v; }
+inline float __uint_as_float(uint32_t bits) { return c10::bit_cast<float>(bits); }
+inline uint32_t __float_as_uint(float v) { return c10::bit_cast<uint32_t>(v); }
 
 namespace emulation {
-constexpr size_t STACK = 64 << 10;
 struct Fiber {
   ucontext_t start;
   jmp_buf resume;  // by which it goes on: swapcontext would ask the system each time
-  std::vector<char> stack = std::vector<char>(STACK);
+  std::vector<char> stack = std::vector<char>(64 << 10);
   bool started, done;
-  int barriers;
 };
 inline jmp_buf scheduler;
 inline Fiber* current;
 inline const std::function<void()>* body;
+inline int barriers;  // that the block has met
 inline void enter() {
   (*body)();
   current->done = true;
@@ -81,16 +71,36 @@ inline void run(Fiber& fiber) {  // until its next barrier
   setcontext(&fiber.start);
 }
 
+inline void run_block(std::vector<Fiber>& fibers, std::mt19937& random) {
+  for (Fiber& fiber : fibers) {
+    fiber.started = fiber.done = false;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.data();
+    fiber.start.uc_stack.ss_size = fiber.stack.size();
+    makecontext(&fiber.start, enter, 0);
+  }
+  const unsigned count = fibers.size();  // a power of two: an odd step reaches every thread
+  unsigned done = 0;
+  for (barriers = 0; !done; barriers++) {
+    const unsigned first = random(), step = random() | 1;
+    for (unsigned i = 0; i < count; i++) {
+      threadIdx = dim3((first + i * step) % count);
+      run(fibers[threadIdx.x]);
+      done += fibers[threadIdx.x].done;
+    }
+    if (done % count) {
+      fprintf(stderr, "%u of %u threads met a barrier\n", count - done, count);
+      abort();
+    }
+  }
+}
+
 inline void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
-  static std::vector<Fiber> fibers(1024);
-  if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || block.x > 1024) {
+  if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535) {
     last_error = cudaErrorInvalidConfiguration;
     return;
   }
-  const char* set = getenv("EMULATION_ORDER");
-  const int order = set ? atoi(set) : 0;
-  std::vector<unsigned> turns(block.x);
-  for (unsigned t = 0; t < block.x; t++) turns[t] = order == 1 ? block.x - 1 - t : t;
+  std::vector<Fiber> fibers(block.x);
   std::mt19937 random(7);
   body = &kernel;
   blockDim = block, gridDim = grid;
@@ -98,59 +108,20 @@ inline void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
     for (unsigned y = 0; y < grid.y; y++)
       for (unsigned x = 0; x < grid.x; x++) {
         blockIdx = dim3(x, y, z);
-        for (unsigned t = 0; t < block.x; t++) {
-          Fiber& fiber = fibers[t];
-          fiber.started = fiber.done = false, fiber.barriers = 0;
-          getcontext(&fiber.start);
-          fiber.start.uc_stack.ss_sp = fiber.stack.data();
-          fiber.start.uc_stack.ss_size = STACK;
-          makecontext(&fiber.start, enter, 0);
-        }
-        for (bool more = true; more;) {  // from one barrier to the next
-          more = false;
-          if (order == 2) std::shuffle(turns.begin(), turns.end(), random);
-          for (unsigned t : turns) {
-            if (fibers[t].done) continue;
-            threadIdx = dim3(t);
-            run(fibers[t]);
-            more |= !fibers[t].done;
-          }
-          for (unsigned t = 1; t < block.x; t++)
-            if (fibers[t].barriers != fibers[0].barriers || fibers[t].done != fibers[0].done) {
-              fprintf(stderr, "threads 0 and %u met different barriers\n", t);
-              abort();
-            }
-        }
+        run_block(fibers, random);
       }
 }
 }  // namespace emulation
 
 inline void __syncthreads() {
-  emulation::current->barriers++;
-  const dim3 mine = threadIdx;
   if (!_setjmp(emulation::current->resume)) _longjmp(emulation::scheduler, 1);
-  threadIdx = mine;
-}
-
-inline float __uint_as_float(uint32_t bits) {
-  float v;
-  std::memcpy(&v, &bits, 4);
-  return v;
-}
-inline uint32_t __float_as_uint(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  return bits;
-}
-inline float to_tf32(float v) {  // to nearest, ties away from zero
-  return v - v == 0 ? __uint_as_float((__float_as_uint(v) + 0x1000) & ~0x1fffu) : v;
 }
 
 // What each lane of a warp gives, for all of them. Two calls in turn use separate memory.
 template <typename V>
 inline const V* together(const V& mine) {
   static V all[2][1024];
-  V* const now = all[emulation::current->barriers % 2];
+  V* const now = all[emulation::barriers % 2];
   now[threadIdx.x] = mine;
   __syncthreads();
   return now + threadIdx.x / 32 * 32;
@@ -160,7 +131,11 @@ inline float __shfl_xor_sync(unsigned, float v, int by) {
   return together(v)[threadIdx.x % 32 ^ by];
 }
 
-// As pool_conv.cu describes them
+// The rest is as pool_conv.cu describes it
+inline float to_tf32(float v) {  // to nearest, ties away from zero
+  return v - v == 0 ? __uint_as_float((__float_as_uint(v) + 0x1000) & ~0x1fffu) : v;
+}
+
 template <bool TRANSPOSED>
 inline void load_matrices(const void* row, uint32_t (&v)[4]) {
   const void* const* rows = together(row);
@@ -183,12 +158,7 @@ inline void mma(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&d)[4]) {
     if (sizeof(T) == 4) bits &= ~0x1fffu;  // all that TF32 has
     T number[EACH];
     std::memcpy(number, &bits, 4);
-    for (int e = 0; e < EACH; e++) {
-      if constexpr (std::is_same_v<T, __nv_bfloat16>)
-        to[e] = __bfloat162float(number[e]);
-      else
-        to[e] = number[e];
-    }
+    for (int e = 0; e < EACH; e++) to[e] = number[e];
   };
   for (int q = 0; q < 4; q++) unpack(a[q], mine.a[q]);
   for (int q = 0; q < 2; q++) unpack(b[q], mine.b[q]);

@@ -1,21 +1,24 @@
 """Blocks and stems of kernels/ against the same modules in float64: by the CPU kernels, by the
 source of the CUDA kernels run on the CPU, and where they must not be fused."""
 import copy
+from types import MethodType
 
 import pytest
+import test_kernels
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from test_kernels import distance, elsewhere, needs_compiler, ops  # noqa: F401  a fixture
+from test_kernels import distance, emulated_only, run
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels import pool_conv2d
 
-pytestmark = needs_compiler
+pytestmark = test_kernels.pytestmark
+ops = test_kernels.ops  # a fixture
 # n, c_in, c_out, height, width, downsample, affine parameters and running statistics
 CASES = [(3, 16, 16, 12, 12, "none", False), (3, 16, 16, 12, 12, "none", True),
          (2, 16, 32, 16, 16, "maxpool", False), (3, 20, 20, 9, 11, "maxpool", True),
@@ -40,7 +43,7 @@ class Block(nn.Module):
         self.norm1 = make_norm(c_out, full)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
         self.norm2 = make_norm(c_out, full)
-        self.shortcut = nn.Sequential()
+        self.shortcut = nn.Sequential() if full else None
         if c_in != c_out:
             self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False),
                                           make_norm(c_out, full))
@@ -56,8 +59,9 @@ class Block(nn.Module):
         stride = 2 if downsample == "stride" else 1
         y = F.conv2d(x, self.conv1.weight, stride=2, padding=1) if stride == 2 else self.conv1(x)
         first = self.norm1(y)
-        second = self.norm2(self.conv2(first.relu()))
-        return first, second + self.shortcut(x[:, :, ::stride, ::stride])
+        x = x[:, :, ::stride, ::stride]
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return first, self.norm2(self.conv2(first.relu())) + shortcut
 
     def native(self, x, downsample="none"):
         return self.parts(x, downsample)[1].relu()
@@ -101,8 +105,7 @@ def make_case(n, c_in, c_out, height, width, downsample, full, change=None):
 # ---------------------------------------------------------------------------------------- fused
 
 @pytest.mark.parametrize("case", CASES)
-def test_block_against_float64(ops, monkeypatch, case):
-    monkeypatch.setenv("EMULATION_ORDER", str(CASES.index(case) % 3))
+def test_block_against_float64(ops, case):
     block, x, grad = make_case(*case)
     expected = in_float64(block, x, grad, case[5])
     results = train(block, block, x, grad, case[5])
@@ -113,7 +116,7 @@ def test_block_against_float64(ops, monkeypatch, case):
         assert distance(block.eval()(x, case[5]), exact) < 2e-6
 
 
-@pytest.mark.parametrize("ops", ["emulated"], indirect=True)
+@emulated_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_block_of_fewer_bits_on_a_gpu(ops, monkeypatch, dtype):
     """By the CUDA kernels' source in TF32 and under autocast, against the modules in half types."""
@@ -154,49 +157,6 @@ def test_stem_against_float64(ops, full):
     assert_close(results, expected, 2e-5)
 
 
-def test_saved_tensors_may_come_back_in_other_memory(ops):
-    """As after torch.autograd.graph.save_on_cpu, and as views that begin anywhere."""
-    block, x, grad = make_case(*CASES[2])
-    whole = grad.repeat(1, 1, 2, 2)
-
-    def conv(x, downsample):
-        return pool_conv2d(x, block.conv1.weight, downsample)[0]
-    cases = [(*make_stem(True), x[:, :3], whole[:, :16]),
-             (block, block, x, grad, "maxpool"), (block, block, x, whole, "none"),
-             (block.conv1, conv, x, grad, "maxpool"), (block.conv1, conv, x, whole, "none")]
-    for layer, forward, x, grad, *downsample in cases:
-        results = []
-        for pack in (torch.Tensor.detach, elsewhere):
-            layer.zero_grad()
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                results.append(train(layer, forward, x, pack(grad), *downsample))
-        expected, moved = (result[:2 + len(list(layer.parameters()))] for result in results)
-        assert_close(moved, [exact.double() for exact in expected], 1e-6)
-
-
-class AlsoSpoilt(TorchDispatchMode):
-    """Calls every operator of ours also with each of its tensors of another shape and type."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        tensors = [i for i, tensor in enumerate(args)
-                   if isinstance(tensor, torch.Tensor) and tensor.numel()]
-        for i in tensors if function.namespace in ("pool_conv", "emulated") else ():
-            fewer = args[i][:, 1:] if args[i].dim() > 1 else args[i][1:]
-            for wrong, errors in ((fewer, ValueError), (args[i].int(), (TypeError, RuntimeError))):
-                with pytest.raises(errors):
-                    function(*args[:i], wrong, *args[i + 1:])
-        return function(*args, **(kwargs or {}))
-
-
-def test_operators_check_every_tensor(ops):
-    block, x, grad = make_case(*CASES[3][:2], 24, *CASES[3][3:])
-    with AlsoSpoilt():
-        train(block, block, x, grad, "maxpool")
-    with pytest.raises(ValueError, match="not both"):
-        ops.norm_conv(torch.ones(1, 8, 4, 4), torch.ones(6, 8), torch.ones(8, 8, 3, 3), None, None,
-                      0, 1, False)
-
-
 def test_statistics_do_not_cancel(ops):
     """A mean of 1000 beside a standard deviation of 0.01, which float32 sums would lose."""
     torch.manual_seed(0)
@@ -213,14 +173,6 @@ def test_statistics_do_not_cancel(ops):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or not asked for: GPU=0")
-def test_a_norm_on_another_device_is_refused():
-    block = Block(16, 16, True).cuda()
-    block.norm2.cpu()
-    with pytest.raises(ValueError, match="is on cpu, not on cuda:0"):
-        block(torch.ones(2, 16, 4, 4, device="cuda"))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or not asked for: GPU=0")
 @pytest.mark.parametrize("case", CASES)
 def test_block_on_a_gpu(case):
     block, x, grad = make_case(*case)
@@ -229,11 +181,96 @@ def test_block_on_a_gpu(case):
     assert_close([result.cpu() for result in results], expected, 5e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or not asked for: GPU=0")
+def test_a_norm_on_another_device_is_refused():
+    block = Block(16, 16, True).cuda()
+    block.norm2.cpu()
+    with pytest.raises(ValueError, match="is on cpu, not on cuda:0"):
+        block(torch.ones(2, 16, 4, 4, device="cuda"))
+
+
+# --------------------------------------------------------------------- operators called directly
+
+class Recorder(TorchDispatchMode):
+    """Keeps every call of our operators: function and arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("pool_conv", "emulated"):
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def calls(ops):
+    """Calls of all operators, by a block with all that a block can have and a convolution alone."""
+    block, x, grad = make_case(2, 8, 12, 5, 6, "maxpool", True)
+    with Recorder() as recorder:
+        train(block, block, x, grad, "maxpool")
+        with torch.no_grad():
+            run(ops, x, block.conv1.weight, "maxpool", grad, x[:, :, :2, :3])
+    assert len({function for function, _ in recorder.calls}) == 8
+    return recorder.calls
+
+
+def wrong_versions(argument):
+    """What no operator takes in place of an argument, and the errors."""
+    if type(argument) is int:  # a mode or a size
+        return [(argument + 5, ValueError), (-1, ValueError)]
+    if not isinstance(argument, torch.Tensor) or argument.numel() == 0:
+        return []
+    fewer = argument[:, 1:] if argument.dim() > 1 else argument[1:]
+    freed = argument.clone()
+    freed.untyped_storage().resize_(0)
+    wrong = [(fewer, ValueError), (argument.int(), TypeError), (freed, ValueError),
+             (argument.to("meta"), (ValueError, NotImplementedError))]
+    if argument.is_floating_point():
+        wrong.append((forward_ad.make_dual(argument, argument), NotImplementedError))
+    return wrong
+
+
+@torch.no_grad()
+def test_operators_check_every_tensor(calls):
+    """And every mode and size: instead of reading, or writing, where nothing is."""
+    with forward_ad.dual_level():
+        for function, args in calls:
+            for i, argument in enumerate(args):
+                for wrong, errors in wrong_versions(argument):
+                    with pytest.raises(errors):
+                        function(*args[:i], wrong, *args[i + 1:])
+
+
+def test_operators_refuse_what_has_no_kernel(ops):
+    x = torch.ones(2, 8, 4, 4)
+    weight = torch.ones(8, 8, 3, 3)
+    norm = torch.ones(6, 8)
+    with pytest.raises(ValueError, match="not both"):
+        ops.norm_conv(x, norm, weight, None, None, 0, kernels.MODES["maxpool"], False)
+    with pytest.raises(ValueError, match="too small"):
+        ops.forward(x[:, :, :1], weight, kernels.MODES["maxpool"])
+    with pytest.raises(ValueError, match="is empty"):
+        ops.moments(x[:0], None, None, 0)
+
+
+def test_a_wild_argmax_is_refused():
+    """ATen's max-pool, which runs in float64, would write wherever it says."""
+    kernels.load()
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    weight = torch.randn(3, 3, 3, 3, dtype=torch.float64)
+    for index in (-1, 16, 1 << 40):
+        argmax = torch.full(x.shape, index)
+        with pytest.raises(ValueError, match="argmax"):
+            torch.ops.pool_conv.backward(x, None, x, weight, argmax, 1, 4, 4, True, True)
+
+
 # ------------------------------------------------------------------------------------ not fused
 
 @pytest.mark.parametrize("c_in, c_out, downsample, dtype, in_evaluation", [
-    (16, 16, "stride", torch.float32, ""), (16, 24, "stride", torch.float32, ""),
-    (4, 4, "maxpool", torch.float32, ""), (16, 16, "maxpool", torch.float64, ""),
+    (16, 24, "stride", torch.float32, ""), (4, 4, "maxpool", torch.float32, ""),
+    (16, 16, "maxpool", torch.float64, ""),
     (16, 24, "maxpool", torch.float32, "norm1 norm2 shortcut"),
     (16, 16, "none", torch.float32, "norm2")])
 def test_unfused_block_against_float64(c_in, c_out, downsample, dtype, in_evaluation):
@@ -263,7 +300,7 @@ def test_block_compiles_without_a_graph_break():
     assert_close(train(block, compiled, x, grad, "maxpool"), expected, 5e-5)
 
 
-@pytest.mark.parametrize("downsample", ["none", "maxpool", "stride"])
+@pytest.mark.parametrize("downsample", ["maxpool", "stride"])
 def test_operations_are_counted_on_meta_tensors(downsample):
     with torch.device("meta"):
         layers, stem = make_stem(True)
@@ -277,28 +314,17 @@ def test_operations_are_counted_on_meta_tensors(downsample):
     assert counts[0] == counts[1] and counts[0][1] > 0
 
 
-@pytest.mark.parametrize("downsample", ["none", "maxpool"])
 @pytest.mark.parametrize("training", [True, False])
-def test_an_empty_batch_is_torchs(ops, downsample, training):
-    block = Block(16, 16, True)
-    stem, _ = make_stem(True)
-    native = nn.ModuleList([stem, block]).train(training)
-    fused = copy.deepcopy(native)
-    x = torch.zeros(0, 3, 8, 8)
-    grad = torch.zeros(0, 16, *(2 * [4 if downsample == "maxpool" else 8]))
-    expected = train(native, lambda x: native[1].native(native[0](x), downsample), x, grad)
-    results = train(fused, lambda x: fused[1](kernels.stem(x, *fused[0][:2]), downsample), x, grad)
-    for one, exact in zip(results, expected, strict=True):
-        assert torch.equal(one, exact)
+def test_an_empty_batch_is_torchs(training):
+    block = Block(16, 16, True).train(training)
+    native = copy.deepcopy(block)
+    x = torch.zeros(0, 16, 8, 8)
+    grad = torch.zeros(0, 16, 4, 4)
+    expected = train(native, native.native, x, grad, "maxpool")
+    results = train(block, block, x, grad, "maxpool")
+    assert all(map(torch.equal, results, expected))
     with torch.no_grad():
-        assert block(torch.zeros(0, 16, 8, 8), downsample).shape == grad.shape
-
-
-def test_one_value_a_channel_is_refused_in_training(ops):
-    for layer, x in ((Block(16, 16, False), torch.ones(1, 16, 1, 1)),
-                     (make_stem(True)[1], torch.ones(1, 3, 1, 1))):
-        with pytest.raises(ValueError, match="more than 1 value per channel"):
-            layer(x)
+        assert block(x, "maxpool").shape == grad.shape
 
 
 def test_no_second_derivative_and_no_transform_is_fused():
@@ -325,7 +351,7 @@ def test_no_second_derivative_and_no_transform_is_fused():
 
 class Shifted(nn.BatchNorm2d):
     def forward(self, x):
-        return super().forward(x) + 1
+        return nn.BatchNorm2d.forward(self, x) + 1
 
 
 def prune_half(block):
@@ -335,14 +361,13 @@ def prune_half(block):
 
 CHANGES = [
     lambda block: block.conv1.register_forward_hook(lambda module, inputs, y: 2 * y),
-    lambda block: block.norm2.register_forward_pre_hook(lambda module, inputs: inputs[0].square()),
     lambda block: block.shortcut.register_forward_hook(lambda module, inputs, y: 2 * y),
     lambda block: block.conv2.register_full_backward_hook(lambda module, grads, _: (2 * grads[0],)),
     lambda block: setattr(block, "conv1", nn.Conv2d(16, 24, 3, padding=2, dilation=2, bias=False)),
     lambda block: setattr(block, "conv2", nn.Conv2d(24, 24, 3, padding=1)),
     lambda block: setattr(block, "conv2", nn.Conv2d(24, 24, 3, padding=1, groups=4, bias=False)),
-    lambda block: setattr(block, "norm1", nn.InstanceNorm2d(24, affine=True)),
     lambda block: setattr(block, "norm2", Shifted(24)),
+    lambda block: setattr(block.norm2, "forward", MethodType(Shifted.forward, block.norm2)),
     lambda block: setattr(block.norm1, "track_running_stats", False),
     lambda block: setattr(block.norm2, "bias", None),
     lambda block: setattr(block, "shortcut", nn.Conv2d(16, 24, 1)),
@@ -364,28 +389,13 @@ def test_other_modules_compute_what_they_say(change):
     assert_close([results[i] for i in told], [expected[i] for i in told], 5e-5)
 
 
-@pytest.mark.parametrize("everywhere", [True, False])
-@pytest.mark.parametrize("downsample", ["none", "maxpool", "stride"])
-def test_hooks_see_every_module(downsample, everywhere):
+def test_a_hook_of_all_modules_sees_each():
     layers, stem = make_stem(True)
     block = Block(16, 24, True)
-    called = []
-    modules = [*layers[:2], *list(block.modules())[1:]]
-    register = [module.register_forward_hook for module in modules]
-    if everywhere:
-        register = [nn.modules.module.register_module_forward_hook]
-    handles = [add(lambda module, *_: called.append(module)) for add in register]
-    block(stem(torch.ones(2, 3, 8, 8)), downsample)
-    for handle in handles:
-        handle.remove()
-    assert set(modules) <= set(called)
-
-
-def test_a_forward_function_of_its_own_is_called():  # accelerate moves modules so
-    block, x, _ = make_case(*CASES[0])
-    forward = block.conv2.forward
-    block.conv2.forward = lambda x: forward(x.square())
-    assert distance(block(x), block.native(x).double()) < 1e-5
+    called = set()
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: called.add(module)):
+        block(stem(torch.ones(2, 3, 8, 8)), "maxpool")
+    assert {*layers[:2], *list(block.modules())[1:]} <= called
 
 
 def test_a_stride_of_other_modules():
@@ -398,7 +408,8 @@ def test_a_stride_of_other_modules():
 
 def test_what_a_block_does_not_take():
     for shape, downsample in (((2, 16, 4, 4), "average"), ((2, 16, 1, 4), "maxpool"),
-                              ((16, 4, 4), "none"), ((2, 15, 4, 4), "none")):
+                              ((16, 4, 4), "none"), ((2, 15, 4, 4), "none"),
+                              ((1, 16, 1, 1), "none")):  # torch wants two values a channel
         with pytest.raises(ValueError):
             Block(16, 16, False)(torch.ones(shape), downsample)
     with pytest.raises(RuntimeError):
