@@ -111,14 +111,11 @@ def write_images(folder: Path, *counts: str) -> Path:
     return folder
 
 
-def arguments(*argv: str, search: bool = True) -> argparse.Namespace:
-    """What a stage makes of these arguments, with native ops."""
+def arguments(*argv: str) -> argparse.Namespace:
+    """What a search makes of these arguments, with native ops."""
     parser = common.make_parser("test")
-    if search:
-        common.add_search_flags(parser, draw="cost")
-    else:
-        common.add_training_flags(parser, seeds=1)
-    return common.parse_arguments(parser, ["--kernel", "native", *argv], search)
+    common.add_search_flags(parser, draw="cost")
+    return common.parse_arguments(parser, ["--kernel", "native", *argv], search=True)
 
 
 def make_learner(images: common.Images, *argv: str) -> common.Learner:
