@@ -60,6 +60,8 @@ def test_searches_write_what_they_promise_and_all_to_redo_it(kind, steps, finish
     if kind == "mixture":
         assert [line["temperature"] for line in log] == [1, 34, 67, 100]
         assert np.allclose([line["p_m"] for line in log], 1 / 4, atol=0.02)
+        owners = dict(zip(CONFIGS, np.argmax(log[3]["assignment"], 1)))
+        assert owners == {entry["config"]: entry["supernet"] for entry in ranking}
         assert (path / "assignment.png").stat().st_size > 10_000
     assert (path / "ranking.png").stat().st_size > 10_000
 
