@@ -212,9 +212,7 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None, sea
     taken_over: defaults that come before the protocol's (retrain.py --from). The result's
     `defaults` is what each flag would have been."""
     parser.set_defaults(**taken_over)
-    first, unknown = parser.parse_known_args(argv)
-    if any(flag.startswith(("--local-rank", "--local_rank")) for flag in unknown):
-        raise UserError("start many processes with torchrun, not with torch.distributed.launch")
+    first = parser.parse_known_args(argv)[0]
     if first.dataset != taken_over.get("dataset"):  # of other images nothing is known
         taken_over = {name: taken_over[name] for name in taken_over.keys() - {"flip", "image_size"}}
     of_protocol = protocol(first.dataset, first.arch, search) | taken_over
@@ -520,37 +518,31 @@ def read_torchvision(name: str, data_dir: Path, picture_size: int) -> Arrays:
 
 def read_npz(args: Namespace, path: str | Path) -> Arrays:
     """A file as MedMNIST ships them: train_images, uint8 (N,H,W), (N,H,W,1) or (N,H,W,3), and
-    train_labels, integers (N,) or (N,1); test_* or val_* are alike. UserError for another one."""
-    arrays = {}
+    train_labels, integers (N,) or (N,1); test_* or val_* are alike. UserError for other files."""
     try:
-        with open(path, "rb") as file:
-            content = np.load(file)
-            labels = {part: content[f"{part}_labels"] for part in ("train", "test", "val")
-                      if part == "train" or f"{part}_labels" in content}
-            found = {part: set(values.ravel().tolist()) for part, values in labels.items()}
-            classes = sorted(found.pop("train"))
-            if len(classes) < 2 or not all(values.dtype.kind in "iu" for values in labels.values()):
-                types = [f"{part}_labels {values.dtype}" for part, values in labels.items()]
-                raise ValueError(f"{len(classes)} classes; {', '.join(types)}")
-            arrays["classes"] = np.array(classes).astype(str)
-            sources = {"train": "train", "test": choose_test(args, classes, found)}
-            for part, source in sources.items():
-                if source is None:
-                    continue
-                images = content[f"{source}_images"]
-                numbers = labels[source]
-                if images.dtype != np.uint8 or images.ndim not in (3, 4) or not images.size \
-                        or images.shape[3:] not in ((), (1,), (3,)) or numbers.size != len(images):
-                    raise ValueError(f"{source}_images: {images.dtype} {images.shape}, "
-                                     f"{source}_labels: {numbers.dtype} {numbers.shape}")
-                arrays[f"{part}_images"] = images
-                arrays[f"{part}_labels"] = np.searchsorted(classes, numbers.ravel())
-    except UserError:
-        raise
+        with np.load(path) as content:
+            parts = {part: (content[f"{part}_images"], content[f"{part}_labels"])
+                     for part in ("train", "test", "val") if f"{part}_labels" in content}
+        for part, (images, labels) in parts.items():
+            if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape[1:] \
+                    or images.shape[3:] not in ((), (1,), (3,)) or labels.dtype.kind not in "iu" \
+                    or labels.size not in (0, len(images)):  # 0: of images without labels
+                raise ValueError(f"{part}_images: {images.dtype} {images.shape}, "
+                                 f"{part}_labels: {labels.dtype} {labels.shape}")
+        found = {part: set(labels.ravel().tolist()) for part, (_, labels) in parts.items()}
+        classes = sorted(found.pop("train"))
+        if len(classes) < 2:
+            raise ValueError("fewer than two classes")
     except Exception as error:  # a damaged file raises many kinds
         raise UserError(f"cannot use {path} ({str(error)[:100]}): expected train_images, uint8 "
                         "(N,H,W) or (N,H,W,3), train_labels, N integers, and test_* or val_* alike"
                         ) from error
+    arrays = {"classes": np.array(classes).astype(str)}
+    for part, source in (("train", "train"), ("test", choose_test(args, classes, found))):
+        if source:
+            images, labels = parts[source]
+            arrays[f"{part}_images"] = images
+            arrays[f"{part}_labels"] = np.searchsorted(classes, labels.ravel())
     return arrays
 
 
@@ -601,45 +593,42 @@ def list_folder(args: Namespace) -> tuple[Labelled, Labelled]:
     root = Path(args.dataset)
     try:
         files = list(list_files(root))
-        images = [path.relative_to(root).parts for path in files if path.is_file()
-                  and path.suffix.lower() in EXTENSIONS and path.name[0] != "."]
     except OSError as error:
         raise UserError(f"cannot read {root}: {error}") from error
-    tree = {image[0]: set() for image in images if len(image) > 1}
-    for image in images:
-        if len(image) > 2:
-            tree[image[0]].add(image[1])  # a folder with images, in a folder
-    trains = [name for name in tree if name.lower().startswith("train") and tree[name]]
-    others = {name: tree[name] for word in ("test", "val") for name in tree
-              if trains and name.lower().startswith(word)}
-
-    def select(*folders: str) -> Labelled:
-        """The images in the classes of a folder of the root or, without one, of the root."""
-        depth = len(folders)
-        return [(root.joinpath(*image), image[depth]) for image in images
-                if image[:depth] == folders and len(image) > depth + 1]
-
-    train = select(*trains)
-    classes = {name for _, name in train}
-    if trains:
-        unclear = len(trains) > 1 or (len(tree) > 1 and not others)  # a part beside classes
-    else:
-        unclear = any(map(PART_NAME.fullmatch, tree))  # parts without classes, or beside classes
-    if unclear or len(classes) < 2:
-        found = [f"{name}/ ({brief(sorted(tree[name]), 30)})" if tree[name] else f"{name}/"
-                 for name in tree]
+    parts = {"": []}  # images and their classes in each folder of the root and, "", in the root
+    for path in files:
+        names = path.relative_to(root).parts
+        if not path.is_file() or path.suffix.lower() not in EXTENSIONS or path.name[0] == ".":
+            continue
+        if len(names) > 1:
+            parts[""].append((path, names[0]))
+            parts.setdefault(names[0], [])
+        if len(names) > 2:
+            parts[names[0]].append((path, names[1]))
+    classes = {part: {name for _, name in images} for part, images in parts.items()}
+    trains = [part for part in parts if part.lower().startswith("train") and parts[part]]
+    others = {part: classes[part] for word in ("test", "val") for part in parts
+              if trains and part.lower().startswith(word)}
+    if trains:  # a part beside classes
+        unclear = len(trains) > 1 or (len(classes[""]) > 1 and not others)
+    else:  # parts without classes, or beside classes
+        unclear = any(map(PART_NAME.fullmatch, classes[""]))
+    train = trains[0] if trains else ""
+    if unclear or len(classes[train]) < 2:
+        found = [f"{name}/ ({brief(sorted(classes[name]), 30)})" if classes[name] else f"{name}/"
+                 for name in sorted(classes[""])]
         raise UserError(f"{root}: expected images of two classes or more in one train/<class>/ and "
                         "test/<class>/ or val/<class>/; or in <class>/, where no class is named as "
                         f"these; found images in {brief(found) or 'no folder'}")
-    name = choose_test(args, classes, others)
-    test = select(name) if name else []
-    used = {path for path, _ in train + test}
+    test = choose_test(args, classes[train], others)
+    sets = parts[train], parts[test] if test else []
+    used = {path for images in sets for path, _ in images}
     unused = [path for path in files if path not in used]
     if unused:
         print(f"left out of {root}: {len(unused)} files or folders, such as "
               f"{unused[0].relative_to(root)}: hidden, of other formats, or not in a class folder "
               "of the training or test set", flush=True)
-    return train, test
+    return sets
 
 
 def read_pictures(root: Path, train: Labelled, test: Labelled, size: int, caches: Path) -> Arrays:
@@ -724,16 +713,16 @@ def open_image(source):
         # a file, not its path: Pillow would map a TIFF with the sides that it has when turned
         with open(source, "rb") if is_path else contextlib.nullcontext(source) as content:
             if isinstance(content, np.ndarray):
-                image = Image.fromarray(content)
+                stored = Image.fromarray(content)
             elif isinstance(content, Image.Image):
-                image = content
+                stored = content
             else:
-                image = Image.open(content, formats=FORMATS)
-            image.load()  # turns a TIFF itself, and removes its tag
-        orientation = image.getexif().get(0x0112)
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+                stored = Image.open(content, formats=FORMATS)
+            stored.load()  # turns a TIFF itself, and removes its tag
+        image = ImageOps.exif_transpose(stored)
+        if image.mode.startswith("I;16") or (image.mode == "I" and stored.format in ("PNG", "PPM")):
             pixels = np.asarray(image.convert("I")) >> 8
-            if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # white is 0
+            if stored.format == "TIFF" and stored.tag_v2.get(262) == 0:  # white is 0
                 pixels = 255 - pixels
             image = Image.fromarray(pixels.astype(np.uint8))
         if image.mode in ("I", "F"):
@@ -741,10 +730,7 @@ def open_image(source):
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        image.info.clear()  # Pillow turns no image with another tag that is broken
-        image.getexif()[0x0112] = orientation
-        return ImageOps.exif_transpose(image)
+        return image.convert("RGB")
     except MemoryError:
         raise
     except Exception as error:  # a damaged file raises many kinds
@@ -951,58 +937,28 @@ def compare_kernels(args: Namespace, space: Space, images: Images) -> str:
     """"fused" or "native", whichever takes less time for training steps with the default and with
     the configuration of the most multiply-adds. "native", with a warning, if the fused kernels
     cannot be built, fail, or are wrong."""
-    configs = (space.default, max(space.configs, key=space.macs.get))
-
-    def step(network: Network, amp: str) -> list[Tensor]:
-        """The logits of each configuration, then all gradients: float64, on the CPU."""
-        logits = []
-        gradients = []
-        for config in configs:
-            network.zero_grad()
-            with autocast(args.device, amp):
-                logits.append(network(pixels.to(next(network.parameters()).dtype), config))
-            F.cross_entropy(logits[-1], labels).backward()
-            gradients += [p.grad for p in network.parameters() if p.grad is not None]
-        return [tensor.detach().double().cpu() for tensor in logits + gradients]
-
     try:
         use_kernel("fused")
     except UserError as error:
         print(f"warning: {error}; native ops are used, slower", file=sys.stderr)
         return "native"
     network = make_network(args, images, supernet="split" in args)
-    by_graphs = torch.device(args.device).type == Graphs.device_type
-    index = torch.arange(min(args.batch_size, len(images)), device=images.rows.device)
-    pixels, labels = images.batch(index[:32 if by_graphs else 8])  # enough; float64 takes memory
-    use_kernel("native")
-    exact = step(copy.deepcopy(network).double(), "off")
-    seconds = {}
-    results = {}
+    configs = (space.default, max(space.configs, key=space.macs.get))
+    on_gpu = torch.device(args.device).type == Graphs.device_type
+    count = min(args.batch_size if on_gpu else 8, len(images))  # a GPU is for whole batches
+    batch = images.batch(torch.arange(count, device=images.rows.device))
+    seconds = dict.fromkeys(("native", "fused"), math.inf)
     try:
-        for kernel in ("native", "fused", "native", "fused"):  # the first time both are slower
+        check_fused(network, configs, args.amp, batch)
+        for kernel in seconds:
             use_kernel(kernel)
-            start = time.perf_counter()
-            results[kernel] = step(network, args.amp)
-            seconds[kernel] = time.perf_counter() - start
-        for i, (native, fused, true) in enumerate(zip(*results.values(), exact)):
-            # If two pixels of a pooling window are equal up to rounding, the gradient may go to
-            # either. Two native runs then differ by 2 to 20 % of its norm (1 run in 10); hence the
-            # loose bound for gradients.
-            bound = 0.02 if i < len(configs) else 0.5
-            if not (fused - true).norm() <= 4 * (native - true).norm() + bound * true.norm():
-                raise RuntimeError("an output or a gradient is wrong")
-        if by_graphs:  # the run will replay graphs of whole batches
-            pixels, labels = images.batch(index)
-            seconds = dict.fromkeys(seconds, math.inf)
-            for kernel in seconds:
-                use_kernel(kernel)
-                learner = Learner(network, args)
-                for _ in range(10):
-                    start = time.perf_counter()
-                    for config in configs:
-                        metrics = learner.step(pixels, labels, config, 0.0)
-                    metrics.cpu()  # waits
-                    seconds[kernel] = min(seconds[kernel], time.perf_counter() - start)
+            learner = Learner(network, args)
+            for _ in range(5):  # on a GPU, a graph is replayed from the third time on
+                start = time.perf_counter()
+                for config in configs:
+                    metrics = learner.step(*batch, config, 0.0)
+                metrics.cpu()  # waits
+                seconds[kernel] = min(seconds[kernel], time.perf_counter() - start)
     except Exception as error:
         if fused_kernels is None:
             raise
@@ -1010,9 +966,37 @@ def compare_kernels(args: Namespace, space: Space, images: Images) -> str:
               "report this, with the output of python kernels/benchmark.py", file=sys.stderr)
         return "native"
     faster = min(seconds, key=seconds.get)
-    print(f"{len(labels)} images, a training step: {500 * seconds['fused']:.1f} ms with fused "
+    print(f"{count} images, a training step: {500 * seconds['fused']:.1f} ms with fused "
           f"kernels, {500 * seconds['native']:.1f} ms with native ops: {faster}", flush=True)
     return faster
+
+
+def check_fused(network: Network, configs: Iterable[Config], amp: str, batch: Batch) -> None:
+    """RuntimeError if the fused kernels are wrong: if their logits or gradients of a batch are much
+    further from those of native ops in float64 than the ones of native ops are."""
+    images, labels = (tensor[:32] for tensor in batch)  # enough; float64 takes memory
+
+    def compute(kernel: str, network: Network, amp: str) -> list[tuple[float, Tensor]]:
+        """The logits and gradients, each behind the relative error that is allowed."""
+        use_kernel(kernel)
+        results = []
+        for config in configs:
+            network.zero_grad()
+            with autocast(images.device, amp):
+                logits = network(images.to(next(network.parameters()).dtype), config)
+            F.cross_entropy(logits, labels).backward()
+            results.append((0.02, logits.detach()))
+            # If two pixels of a pooling window are equal up to rounding, the gradient may go to
+            # either. Two native runs then differ by 2 to 20 % of its norm (1 run in 10).
+            results += [(0.5, p.grad) for p in network.parameters() if p.grad is not None]
+        return results
+
+    exact = compute("native", copy.deepcopy(network).double(), "off")
+    native = compute("native", network, amp)
+    fused = compute("fused", network, amp)
+    for (allowed, ours), (_, theirs), (_, true) in zip(fused, native, exact):
+        if not (ours - true).norm() <= 4 * (theirs - true).norm() + allowed * true.norm():
+            raise RuntimeError("an output or a gradient is wrong")
 
 
 def choose_kernel(args: Namespace, folder: Path, record: dict, space: Space,
@@ -1537,14 +1521,16 @@ def train_alone(path: Path, args: Namespace, train: Images, test: Images, config
 
 
 def train_networks(folder: Path, args: Namespace, train: Images, test: Images,
-                   pairs: list[tuple[Config, int]]) -> None:
-    """Stages 1 and 3: train the (configuration, seed) pairs that are not finished, in their order,
-    which goes by seed. A network that diverges is recorded in its *.json, and the others go on."""
+                   pairs: list[tuple[Config, int]]) -> tuple[list[dict], TrainingError | None]:
+    """Stages 1 and 3: train the (configuration, seed) pairs that are not finished; they go by seed,
+    and ranks take turns. A network that diverges is recorded in its *.json, and the others go on.
+    Returns, on rank 0, the rows of results.csv and an error that names what diverged."""
     networks = folder / "networks"
     networks.mkdir(exist_ok=True)
     steps = args.epochs * train.num_batches(args.batch_size)
-    bar = progress(total=len(pairs) * steps, unit="step")
-    for seed, of_seed in itertools.groupby(pairs, key=lambda pair: pair[1]):
+    own = pairs[rank::world]
+    bar = progress(total=len(own) * steps, unit="step")
+    for seed, of_seed in itertools.groupby(own, key=lambda pair: pair[1]):
         for config, _ in of_seed:
             path = networks / f"{config_name(config)}-{seed}.pt"
             if path.with_suffix(".json").exists():
@@ -1559,6 +1545,13 @@ def train_networks(folder: Path, args: Namespace, train: Images, test: Images,
             collect_results(folder)
     bar.close()
     barrier()
+    if rank > 0:
+        return [], None
+    rows, diverged = collect_results(folder)
+    diverged = [diverged[pair] for pair in pairs if pair in diverged]
+    if not diverged:
+        return rows, None
+    return rows, TrainingError(f"{len(diverged)} networks diverged: {', '.join(diverged)}")
 
 
 # --------------------------------------------------------------------------- the run folder

@@ -24,8 +24,7 @@ from pathlib import Path
 from statistics import mean
 
 import common
-from common import (Config, Space, TrainingError, UserError, config_name, in_range, rank,
-                    standard_deviation, world)
+from common import Config, Space, UserError, config_name, in_range, rank, standard_deviation
 
 
 def read_searches(folders: list[str]) -> tuple[dict, list[dict[str, float]]]:
@@ -191,18 +190,15 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{len(configs)} configurations x {args.seeds} seeds x {args.epochs} epochs:",
           common.describe(args, train, test, folder), flush=True)
     pairs = [(config, seed) for seed in seeds for config in configs]
-    common.train_networks(folder, args, train, test, pairs[rank::world])
+    rows, diverged = common.train_networks(folder, args, train, test, pairs)
     if rank > 0:
         return
 
-    rows, diverged = common.collect_results(folder)
-    diverged = [diverged[pair] for pair in pairs if pair in diverged]
-    failure = TrainingError(f"{len(diverged)} networks diverged: {', '.join(diverged)}")
     rows = [row for row in rows if row["seed"] in seeds]
     accuracies = {config: values for config, values in common.by_config(rows).items()
                   if len(values) == args.seeds}  # also those of a larger --top or a --config
     if space.default not in accuracies:  # there is nothing to compare with
-        raise failure
+        raise diverged
     default = config_name(space.default)
     entries = compare(accuracies, space)
     common.save(folder / "result.json", record | {
@@ -229,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"take {take}, {why} shown to be better; "
           f"for common.load_network: {folder}/networks/{take}-{args.seed}.pt")
     if diverged:
-        raise failure
+        raise diverged
 
 
 if __name__ == "__main__":

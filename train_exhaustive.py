@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean
 
 import common
-from common import TrainingError, config_name, rank, standard_deviation, world
+from common import config_name, rank, standard_deviation
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -37,18 +37,15 @@ def main(argv: list[str] | None = None) -> None:
           common.describe(args, train, test, folder), flush=True)
 
     # All configurations of the first seed come first: they are a ground truth already. Those of the
-    # most multiply-adds begin, and ranks take turns, so that no rank has much more to do.
+    # most multiply-adds begin, so that no rank has much more to do than another.
     by_macs = sorted(space.configs, key=space.macs.get, reverse=True)
     pairs = [(config, args.seed + i) for i in range(args.seeds) for config in by_macs]
-    common.train_networks(folder, args, train, test, pairs[rank::world])
+    rows, diverged = common.train_networks(folder, args, train, test, pairs)
     if rank > 0:
         return
-
-    rows, diverged = common.collect_results(folder)
-    diverged = [diverged[pair] for pair in pairs if pair in diverged]
-    failure = TrainingError(f"{len(diverged)} networks diverged: {', '.join(diverged)}")
     if not rows:
-        raise failure
+        raise diverged
+
     accuracies = common.by_config(rows)
     means = {config: mean(values) for config, values in accuracies.items()}
     order = sorted(means, key=means.get, reverse=True)
@@ -79,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     print("next: a search of the same data and network, with --ground-truth "
           + shlex.quote(f"{folder}/results.csv"))
     if diverged:
-        raise failure
+        raise diverged
 
 
 if __name__ == "__main__":
