@@ -513,7 +513,6 @@ def test_a_full_gpu_is_one_line(tmp_path, monkeypatch):
     ("search_mixture", "--image-size 4", "must be from 8 to 1024"),
     ("search_mixture", "--configs 4,3,3", "--num-supernets 4: at most 1"),
     ("search_mixture", "--batch-size 1000", "larger than a part of the split"),
-    ("search_mixture", "--local-rank=1", "start many processes with torchrun"),
     ("search_single", "--lr nan 1", "must be from 0"),
     ("search_single", "--ground-truth nowhere.csv", "nowhere.csv"),
     ("search_single", "--ground-truth part.csv", "lacks 35 of 36 configurations"),
