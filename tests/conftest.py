@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -94,26 +93,29 @@ def heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def write_folder(folder: Path, classes=("cat", "dog"), parts=("train", "test"), count=3) -> Path:
-    """Images of 60x40, of value 50 * class + i in the centre square, black beside it."""
-    for part in parts:
-        for label, name in enumerate(classes):
-            (folder / part / name).mkdir(parents=True, exist_ok=True)
-            for i in range(count):
-                pixels = np.zeros((40, 60, 3), np.uint8)
-                pixels[:, 10:50] = 50 * label + i
-                Image.fromarray(pixels).save(folder / part / name / f"{i}.bmp")
+PETS = ("train/cat:3", "train/dog:3", "test/cat:3", "test/dog:3")
+
+
+def write_images(folder: Path, *counts: str) -> Path:
+    """"train/cat:3" stands for three images in this folder. They are 60x40, black beside the centre
+    square, whose value is another one in every image: 0, 1, ..."""
+    value = 0
+    for text in counts:
+        name, count = text.split(":")
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(int(count)):
+            image = Image.new("RGB", (60, 40))
+            image.paste((value,) * 3, (10, 0, 50, 40))
+            image.save(folder / name / f"{i}.BMP")
+            value += 1
     return folder
 
 
-def arguments(*argv: str, search: bool = True) -> argparse.Namespace:
-    """What a stage makes of these arguments, with native ops."""
+def arguments(*argv: str) -> argparse.Namespace:
+    """What a search makes of these arguments, with native ops."""
     parser = common.make_parser("test")
-    if search:
-        common.add_search_flags(parser, draw="cost")
-    else:
-        common.add_training_flags(parser, seeds=1)
-    return common.parse_arguments(parser, ["--kernel", "native", *argv], search)
+    common.add_search_flags(parser, draw="cost")
+    return common.parse_arguments(parser, ["--kernel", "native", *argv], search=True)
 
 
 def make_learner(images: common.Images, *argv: str) -> common.Learner:
@@ -123,37 +125,29 @@ def make_learner(images: common.Images, *argv: str) -> common.Learner:
     return common.Learner(network, args)
 
 
-def weights_digest(state: dict[str, torch.Tensor]) -> str:
-    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in state.values())).hexdigest()
-
-
-def without_times(lines: Iterable[dict]) -> list[dict]:
-    """The entries of epochs, but for how long they took."""
-    return [{key: value for key, value in line.items()
-             if key not in ("seconds", "images_per_second")} for line in lines]
-
-
 def contents(folder: Path) -> dict:
     """What the only run in a folder leaves, but for times and how it was started: two runs that
-    should agree bit for bit have equal contents."""
-    run, = (folder / "runs").iterdir()
-    result = common.load(run / "result.json")
-    for key in ("command", "ranks", "git", "settings"):
-        del result[key]
-    left = {"result.json": result}
-    if (run / "supernets.pt").exists():  # a search
-        left["supernets.pt"] = list(map(weights_digest, common.load(run / "supernets.pt")))
-        lines = (run / "log.jsonl").read_text().splitlines()
-        left["log.jsonl"] = without_times(map(json.loads, lines))
-        return left
-    left["results.csv"] = (run / "results.csv").read_text()
-    for path in (run / "networks").iterdir():
-        content = common.load(path)
-        content["history"] = without_times(content["history"])
-        if path.suffix == ".pt":
-            content = weights_digest(content["network"])
-        left[path.name] = content
-    return left
+    should agree bit for bit have equal contents. Weights are digests."""
+    differing = ("seconds", "images_per_second", "command", "ranks", "git", "settings")
+
+    def read(text: str) -> dict:
+        return json.loads(text, object_hook=lambda entry: {
+            key: entry[key] for key in entry if key not in differing})
+
+    files = {}
+    for path in (folder / "runs").rglob("*.*"):
+        if path.suffix == ".json":
+            files[path.name] = read(path.read_text())
+        elif path.suffix == ".jsonl":
+            files[path.name] = list(map(read, path.read_text().splitlines()))
+        elif path.suffix == ".csv":
+            files[path.name] = path.read_text()
+        elif path.suffix == ".pt" and path.name != "checkpoint.pt":
+            content = common.load(path)
+            states = content if path.name == "supernets.pt" else [content["network"]]
+            weights = [value.numpy().tobytes() for state in states for value in state.values()]
+            files[path.name] = hashlib.sha256(b"".join(weights)).hexdigest()
+    return files
 
 
 @pytest.fixture(autouse=True)
@@ -180,12 +174,10 @@ def small_images():
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A folder where every command has run in one process, undisturbed; what it printed is in the
-    file `printed` beside its runs."""
+    """A folder where every command has run in one process, undisturbed."""
     folder = tmp_path_factory.mktemp("finished")
     for name, command in COMMANDS.items():
         (folder / name).mkdir()
-        code, out, err = run(folder / name, *command)
+        code, _, err = run(folder / name, *command)
         assert (code, err) == (0, "")
-        (folder / name / "printed").write_text(out)
     return folder
