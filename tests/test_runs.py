@@ -212,16 +212,24 @@ def test_conclusions_by_hand():
     # of the pairs of the first two, two agree and one does not; one configuration is no ranking
     assert common.mean_tau(rankings) == pytest.approx(1 / 3)
     assert common.mean_tau(rankings[:1]) is None
-    entries = {"a": {"difference": 0.02, "interval": [0.01, 0.03], "p_holm": 0.01,
-                     "relative_macs": 1.5, "seeds": 3},
-               "b": {"difference": 0.01, "interval": [-0.01, 0.03], "p_holm": 0.2,
-                     "relative_macs": 0.8, "seeds": 3}, "4,3,3": {"seeds": 3}}
-    for difference, better, worse in ((0.02, "a", "none"), (-0.02, "none", "a")):
-        entries["a"]["difference"] = difference
-        shown, cheaper, unseen = retrain.conclusion(entries).splitlines()
-        assert shown.endswith(f"Holm over 2): {better}; worse: {worse}.")
-        assert cheaper == "Of fewer multiply-adds and not shown to be worse: b (+0.0100)."
-        assert unseen.startswith("With 3 seeds a difference below about 0.0150 or more goes unseen")
+
+
+def test_verdicts_by_hand(digits):
+    """With three seeds Student's two-sided p of t is 1 - t / sqrt(2 + t^2)."""
+    default = np.array([0.50, 0.53, 0.51])
+    spread = np.array([-0.001, 0.0, 0.001])  # of the differences; its standard error: 0.001 / sqrt(3)
+    accuracies = {(4, 3, 3): default, (5, 3, 2): default + 0.01 + spread,
+                  (3, 4, 3): default - 0.02 - spread, (6, 2, 2): default + 0.001 + spread}
+    entries = retrain.compare(accuracies, common.search_space(arguments(), digits[0]))
+    for name, difference, places, verdict in (("3,4,3", -0.02, 3, "worse"), (
+            "5,3,2", 0.01, 2, "better"), ("6,2,2", 0.001, 1, "not shown")):
+        t = abs(difference) / (0.001 / math.sqrt(3))
+        assert entries[name]["difference"] == pytest.approx(difference)
+        assert entries[name]["p_holm"] == pytest.approx(places * (1 - t / math.sqrt(2 + t ** 2)))
+        assert entries[name]["verdict"] == verdict
+    assert "verdict" not in entries["4,3,3"]
+    # t of 97.5 % and two degrees of freedom is 4.3027: half an interval is 0.00248
+    assert "With 3 seeds a difference below about 0.0025 or more" in retrain.conclusion(entries)
 
 
 def test_the_rules_network_is_the_one_of_most_layers_at_full_resolution(digits):
