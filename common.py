@@ -79,8 +79,8 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-# The paper's protocol, then what a network and after it a data set changes. Where the paper gives
-# a range, this is a value within it. A pair of epochs or rates: (of a search, of training alone).
+# The paper's protocol; where the paper gives a range, a value within it. NETWORK_PROTOCOLS, then
+# DATASET_PROTOCOLS, override it. Epochs and lr are pairs: of a search, of training alone.
 PAPER = {"epochs": (100, 200), "lr": ([0.1, 0.001], 0.1), "batch_size": 128, "weight_decay": 0.0,
          "temperature": [1.0, 100.0], "decay": 0.9, "image_size": None, "flip": True, "crop": "pad"}
 NETWORK_PROTOCOLS = {
@@ -141,7 +141,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--data-dir", default="data", type=os.path.expanduser,
         help="folder of downloaded data sets, of NAME.npz files, and of the cache of image folders")
     add("--test-fraction", type=in_range(float, 0.01, 0.99), metavar="FRACTION",
-        help="of images without a test set, the part that becomes one, the same for every --seed")
+        help="the part of the images that becomes the test set, where there is none; the same for "
+        "every --seed")
     add("--image-size", type=in_range(int, 8, 1024), metavar="N",
         help="resample the images to NxN pixels; folders: 32 unless given, others: their own size")
     add("--num-train", type=in_range(int, 2), metavar="N",
@@ -522,7 +523,8 @@ def read_npz(args: Namespace, path: str | Path) -> Arrays:
     try:
         with np.load(path) as content:
             parts = {part: (content[f"{part}_images"], content[f"{part}_labels"])
-                     for part in ("train", "test", "val") if f"{part}_labels" in content}
+                     for part in ("train", "test", "val")
+                     if part == "train" or f"{part}_labels" in content}
         for part, (images, labels) in parts.items():
             if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape[1:] \
                     or images.shape[3:] not in ((), (1,), (3,)) or labels.dtype.kind not in "iu" \
@@ -533,6 +535,8 @@ def read_npz(args: Namespace, path: str | Path) -> Arrays:
         classes = sorted(found.pop("train"))
         if len(classes) < 2:
             raise ValueError("fewer than two classes")
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file raises many kinds
         raise UserError(f"cannot use {path} ({str(error)[:100]}): expected train_images, uint8 "
                         "(N,H,W) or (N,H,W,3), train_labels, N integers, and test_* or val_* alike"
@@ -547,9 +551,9 @@ def read_npz(args: Namespace, path: str | Path) -> Arrays:
 
 
 def choose_test(args: Namespace, classes: Iterable, others: dict[str, set]) -> str | None:
-    """Which of the other parts of a data set is its test set: the one with the most of the training
-    images' `classes` and no other, the first of equals. others: the name and the classes of each.
-    None with --test-fraction, if there is no such part; without it, UserError."""
+    """The name of the part that is the test set: of the parts whose classes are all among those of
+    the training images, the one of the most classes; of equals, the first. others: the classes of
+    each part. If there is no such part: None with --test-fraction, UserError without."""
     fitting = [name for name, found in others.items() if found and found <= set(classes)]
     if not fitting and not args.test_fraction:
         unlike = [f"{name} has the class {min(found - set(classes))}" if found else
@@ -588,18 +592,19 @@ def list_files(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 
 def list_folder(args: Namespace) -> tuple[Labelled, Labelled]:
     """The training and test images of the folder --dataset, which lie in train/<class>/ and in
-    test/<class>/ or val/<class>/ (names may go on), or all in <class>/. Without test images if
-    --test-fraction is to split them off. Prints what is left out. UserError for other layouts."""
+    test/<class>/ or val/<class>/ (a name need only begin so: Training_set), or all in <class>/.
+    Without test images if --test-fraction is to split them off. Prints what is left out. UserError
+    for other layouts."""
     root = Path(args.dataset)
     try:
         files = list(list_files(root))
+        images = [path for path in files if path.is_file() and path.name[0] != "."
+                  and path.suffix.lower() in EXTENSIONS]
     except OSError as error:
         raise UserError(f"cannot read {root}: {error}") from error
     parts = {"": []}  # images and their classes in each folder of the root and, "", in the root
-    for path in files:
+    for path in images:
         names = path.relative_to(root).parts
-        if not path.is_file() or path.suffix.lower() not in EXTENSIONS or path.name[0] == ".":
-            continue
         if len(names) > 1:
             parts[""].append((path, names[0]))
             parts.setdefault(names[0], [])
@@ -609,9 +614,9 @@ def list_folder(args: Namespace) -> tuple[Labelled, Labelled]:
     trains = [part for part in parts if part.lower().startswith("train") and parts[part]]
     others = {part: classes[part] for word in ("test", "val") for part in parts
               if trains and part.lower().startswith(word)}
-    if trains:  # a part beside classes
+    if trains:  # several, or one that may be a class, since it lies beside classes
         unclear = len(trains) > 1 or (len(classes[""]) > 1 and not others)
-    else:  # parts without classes, or beside classes
+    else:  # every folder is a class, and none may be named as a part
         unclear = any(map(PART_NAME.fullmatch, classes[""]))
     train = trains[0] if trains else ""
     if unclear or len(classes[train]) < 2:
@@ -719,7 +724,8 @@ def open_image(source):
             else:
                 stored = Image.open(content, formats=FORMATS)
             stored.load()  # turns a TIFF itself, and removes its tag
-        image = ImageOps.exif_transpose(stored)
+        orientation = stored.getexif().get(0x0112)
+        image = stored
         if image.mode.startswith("I;16") or (image.mode == "I" and stored.format in ("PNG", "PPM")):
             pixels = np.asarray(image.convert("I")) >> 8
             if stored.format == "TIFF" and stored.tag_v2.get(262) == 0:  # white is 0
@@ -730,7 +736,10 @@ def open_image(source):
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        image.info.clear()  # Pillow writes all tags again as it turns, and fails if one is broken
+        image.getexif()[0x0112] = orientation
+        return ImageOps.exif_transpose(image)
     except MemoryError:
         raise
     except Exception as error:  # a damaged file raises many kinds
@@ -950,10 +959,10 @@ def compare_kernels(args: Namespace, space: Space, images: Images) -> str:
     seconds = dict.fromkeys(("native", "fused"), math.inf)
     try:
         check_fused(network, configs, args.amp, batch)
-        for kernel in seconds:
-            use_kernel(kernel)
-            learner = Learner(network, args)
-            for _ in range(5):  # on a GPU, a graph is replayed from the third time on
+        learners = {kernel: Learner(network, args) for kernel in seconds}
+        for _ in range(5 if on_gpu else 3):  # a graph is replayed from the third time on
+            for kernel, learner in learners.items():
+                use_kernel(kernel)
                 start = time.perf_counter()
                 for config in configs:
                     metrics = learner.step(*batch, config, 0.0)
@@ -972,12 +981,12 @@ def compare_kernels(args: Namespace, space: Space, images: Images) -> str:
 
 
 def check_fused(network: Network, configs: Iterable[Config], amp: str, batch: Batch) -> None:
-    """RuntimeError if the fused kernels are wrong: if their logits or gradients of a batch are much
-    further from those of native ops in float64 than the ones of native ops are."""
+    """RuntimeError if the fused kernels are wrong. Native ops in float64 give the true logits and
+    gradients. The error of the fused kernels must not be much larger than that of native ops."""
     images, labels = (tensor[:32] for tensor in batch)  # enough; float64 takes memory
 
     def compute(kernel: str, network: Network, amp: str) -> list[tuple[float, Tensor]]:
-        """The logits and gradients, each behind the relative error that is allowed."""
+        """Pairs of the relative error that is allowed, and logits or a gradient."""
         use_kernel(kernel)
         results = []
         for config in configs:
@@ -989,8 +998,10 @@ def check_fused(network: Network, configs: Iterable[Config], amp: str, batch: Ba
             # If two pixels of a pooling window are equal up to rounding, the gradient may go to
             # either. Two native runs then differ by 2 to 20 % of its norm (1 run in 10).
             results += [(0.5, p.grad) for p in network.parameters() if p.grad is not None]
+        network.zero_grad()
         return results
 
+    use_kernel("native")  # whose errors, of memory for one, are not the fused kernels'
     exact = compute("native", copy.deepcopy(network).double(), "off")
     native = compute("native", network, amp)
     fused = compute("fused", network, amp)
@@ -1337,8 +1348,8 @@ class Graphs:
     kind runs as it is, and cuDNN chooses its algorithms. The second is captured, and from then on
     its graph is replayed. A graph uses the tensors that it was captured with: a batch is copied
     into inputs that stay, and whatever else the function reads or changes must stay, too. Graphs
-    run one after the other, so all share inputs and memory, and results are copied. None is dropped
-    to make room for another: that would free memory of cuBLAS that the others use.
+    run one after the other, so all share inputs and memory, and results are copied. No graph
+    is deleted to make room for another: that would free memory of cuBLAS that the others use.
     """
     device_type = "cuda"
     most = 600  # graphs of a process; kinds that come later run as they are
@@ -1423,11 +1434,9 @@ class Learner:
         with autocast(images.device, self.amp):
             logits = self.network(images, config)
             loss = F.cross_entropy(logits, labels)
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        if self.graphs.enabled:  # gradients may lie in memory that graphs share
-            self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()  # gradients may lie in memory that graphs share
         return torch.stack([loss.detach().double(), accuracy(logits, labels)])
 
     def validate(self, images: Tensor, labels: Tensor, config: Config) -> Tensor:
@@ -1596,10 +1605,12 @@ def lock(folder: Path) -> None:
 
 
 def save(path: Path, content: dict | list) -> None:
-    """As JSON or, for *.pt, with torch.save."""
+    """As JSON, for *.jsonl an entry a line or, for *.pt, with torch.save."""
     with replacing(path) as temporary:
         if path.suffix == ".json":
             temporary.write_text(json.dumps(content, indent=1) + "\n")
+        elif path.suffix == ".jsonl":
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in content))
         else:
             torch.save(content, temporary)
 
@@ -1617,12 +1628,6 @@ def load(path: Path) -> dict | list:
                         "command that wrote it goes on without it") from error
 
 
-def write_log(folder: Path, log: list[dict]) -> None:
-    """log.jsonl, whole, a line an epoch."""
-    with replacing(folder / "log.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in log))
-
-
 def show_epoch(bar: tqdm, log: list[dict], epochs: int, label: str = "") -> None:
     """Show the numbers of the last epoch beside the bar or, where no bar is seen, as a line."""
     numbers = {key: value for key, value in log[-1].items() if isinstance(value, (int, float))}
@@ -1633,11 +1638,11 @@ def show_epoch(bar: tqdm, log: list[dict], epochs: int, label: str = "") -> None
         print(f"{line}  {left:.2f} h left", flush=True)
 
 
-# What a setting means where a run folder is opened again, and to retrain.py --from. A setting
-# without a role must be what it was.
+# Which settings may change when a run is continued (a setting in none of the first two sets must
+# stay the same), and which ones retrain.py --from reads.
 ROLES = {
     "changes no result": {"out", "dataset", "data_dir", "device", "threads", "ground_truth",
-                          "rank_every"},  # of the data set the images are compared: "data"
+                          "rank_every"},  # paths may change: the images are compared, as "data"
     "extends stages 1 and 3": {"configs", "max_macs", "seeds", "config", "source", "top"},
     "taken over by stage 3": {"dataset", "data_dir", "test_fraction", "image_size", "num_train",
                               "flip", "arch", "num_resolutions", "downsample", "width", "metric"},
@@ -1710,8 +1715,8 @@ def flag(name: str, value: object) -> str:
 
 
 def fingerprint(data: tuple[Images, Images], args: Namespace) -> str:
-    """SHA-256 of the images and labels of both sets, as they are used. It begins with the data
-    set's own --flip and crop, as it did before there was --flip, so that runs keep their hash."""
+    """SHA-256 of the images and labels of both sets, as they are used. The protocol's flip and crop
+    are hashed first because they were in older runs, whose hashes so stay valid."""
     usual = protocol(args.dataset, args.arch)
     digest = hashlib.sha256(repr((usual["flip"], usual["crop"])).encode())
     for images in data:
@@ -1886,7 +1891,7 @@ def report_search(folder: Path, result: dict, space: Space,
     if equal > 1:
         print(f"warning: {equal} configurations share the best accuracy; the pick is but the first")
     if best <= result["chance"]:
-        print("warning: the best is no better than the same answer for all: it means nothing")
+        print("warning: the best is no better than the same answer for all images")
     print(f"pick: {result['pick']}; of no more multiply-adds than the default: "
           f"{result['pick_at_no_cost'] or 'none'}   (all of it in {folder}/)")
     script = str(Path(__file__).with_name("retrain.py"))
@@ -1895,12 +1900,13 @@ def report_search(folder: Path, result: dict, space: Space,
     print("next:", shlex.join(["python", script, "--from", str(folder), "--top", "3"]))
 
 
-def print_ranking(ranking: list[dict], columns: dict[str, str], default: str) -> None:
-    """Print the best ten, the default and the worst entries; columns: what of an entry is shown,
-    and its format."""
+def print_ranking(ranking: list[dict], columns: dict[str, str], default: str,
+                  first: int = 10) -> None:
+    """Print the first entries, the default and the last; columns: what of an entry is shown, and
+    its format."""
     rows = [["position", *columns]]
     for position, entry in enumerate(ranking, 1):
-        if position <= 10 or position == len(ranking) or entry["config"] == default:
+        if position <= first or position == len(ranking) or entry["config"] == default:
             cells = [format(entry[name], form) if entry.get(name) is not None else ""
                      for name, form in columns.items()]
             rows.append([str(position), *cells])

@@ -12,8 +12,8 @@ multiply-adds than the pick. Each configuration is compared with the default see
 seed means the same order of images and the same crops.
 Writes runs/retrain-<dataset>/: config.json, networks/<config>-<seed>.pt (checkpoint, then the
 trained network) and .json (accuracy, history of its epochs), results.csv (a row a finished
-network), result.json (accuracies, multiply-adds, differences to the default with intervals and p),
-comparison.png. The same command, also with a larger --top or more --seeds, goes on.
+network), result.json (accuracies, multiply-adds, differences to the default with intervals, p and
+verdicts), comparison.png. The same command, also with a larger --top or more --seeds, goes on.
 Source: arXiv:2306.11982, section 4 (retraining).
 """
 from __future__ import annotations
@@ -89,8 +89,9 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[di
 
 
 def rule_network(pick: Config, space: Space) -> Config:
-    """What needs no search: of the configurations of no more multiply-adds than the pick those with
-    the most layers at full resolution, of these the one of the most multiply-adds."""
+    """The rule's network, which needs no search: of the configurations of no more multiply-adds
+    than the pick, the one with the most layers at full resolution; of several such, the one of the
+    most multiply-adds."""
     affordable = [config for config in space.macs if space.macs[config] <= space.macs[pick]]
     return max(affordable, key=lambda config: (config[0], space.macs[config]))
 
@@ -147,10 +148,11 @@ def conclusion(entries: dict[str, dict]) -> str:
     if not tested:
         return "Nothing can be concluded from a difference without spread: give more --seeds."
     half = mean((entry["interval"][1] - entry["interval"][0]) / 2 for entry in tested)
-    return ("difference: to the default, with its 95 % interval; verdict: better or worse than the "
-            f"default at the 5 % level, by Holm's p over {len(tested)}\n"
-            f"With {tested[0]['seeds']} seeds a difference below about {min(half, 1):.4f} or more "
-            "goes unseen, and all this is for these epochs and this data.")
+    seeds = tested[0]["seeds"]
+    unseen = f"With {seeds} seeds differences below about {min(half, 1):.4f} go unseen."
+    return ("difference: to the default, with its 95 % interval\n"
+            f"verdict: what is shown at the 5 % level, by Holm's p over {len(tested)}\n"
+            f"{unseen} All this is for these epochs and this data.")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -198,7 +200,8 @@ def main(argv: list[str] | None = None) -> None:
                         f"{Path(args.dataset).name}, {args.arch}, trained alone")
     columns = {"config": "", "test_accuracy": ".4f", "std": ".4f", "relative_macs": ".2f",
                "difference": "+.4f", "interval": "", "p_holm": ".3f", "verdict": ""}
-    common.print_ranking([{"config": name} | entries[name] for name in entries], columns, default)
+    rows = [{"config": name} | entries[name] for name in entries]
+    common.print_ranking(rows, columns, default, first=len(rows))
     print(conclusion(entries))
     if rule == chosen[0]:
         print("The rule's network, which needs no search, is the pick itself.")
@@ -209,8 +212,10 @@ def main(argv: list[str] | None = None) -> None:
               f"{config_name(rule)}, which needs no search.")
     better = [name for name, entry in entries.items() if entry.get("verdict") == "better"]
     take = min(better, key=lambda name: entries[name]["relative_macs"], default=default)
-    why = "of the fewest multiply-adds that is" if better else "the default: none is"
-    print(f"take {take}, {why} shown to be better; "
+    why = "of those shown to be better, the one of the fewest multiply-adds"
+    if not better:
+        why = "the default: none is shown to be better"
+    print(f"take {take}, {why}; "
           f"for common.load_network: {folder}/networks/{take}-{args.seed}.pt")
     if diverged:
         raise diverged

@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         log.append(line)
         states = collect({m: learner.state_dict() for m, learner in learners.items()})
         if rank == 0:
-            common.write_log(folder, log)  # first: a kill between the two loses no line
+            common.save(folder / "log.jsonl", log)  # first: a kill between the two loses no line
             common.save(checkpoint, {"learners": states, "scores": merged, "steps": steps,
                                      "log": log})
         common.show_epoch(bar, log, args.epochs)

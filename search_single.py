@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
             if truth:
                 line |= common.rank_metrics(ranking, truth)
         log.append(line)
-        common.write_log(folder, log)  # first: a kill between the two loses no line
+        common.save(folder / "log.jsonl", log)  # first: a kill between the two loses no line
         common.save(checkpoint, {"learner": learner.state_dict(), "counts": counts, "log": log})
         common.show_epoch(bar, log, args.epochs)
     bar.close()

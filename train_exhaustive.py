@@ -6,9 +6,9 @@
 
 Writes runs/exhaustive-<dataset>/: config.json, networks/<config>-<seed>.pt (checkpoint, then the
 trained weights) and .json (accuracy, history of its epochs), results.csv (a row a finished network,
-written when all networks of a seed are done: what --ground-truth of the searches takes),
-result.json (best first), ranking.png. The same command, also with more --seeds or other --configs,
-skips what is finished and continues the rest. A network that diverges is named at the end.
+written as rank 0 ends with a seed: what --ground-truth of the searches takes), result.json (best
+first), ranking.png. The same command, also with more --seeds or other --configs, skips what is
+finished and continues the rest. A network that diverges is named at the end.
 Source: arXiv:2306.11982, section 4 (brute force).
 """
 from __future__ import annotations

@@ -40,8 +40,8 @@ OF_16_BITS = Image.fromarray(np.tile(np.repeat([20 * 257, 200 * 257], 20), (40, 
 TURNED = Image.Exif()
 TURNED[0x0112] = 8  # Orientation: to be shown turned left
 TURNED[0x010F] = "maker"
-BROKEN_TAG = TURNED.tobytes().replace(b"\x01\x0f\x00\x02", b"\x01\x0f\x00\x06")
-assert BROKEN_TAG != TURNED.tobytes()  # the maker, a text, is now a signed byte
+BROKEN_TAG = TURNED.tobytes().replace(b"\x01\x0f\x00\x02", b"\x01\x1a\x00\x02")
+assert BROKEN_TAG != TURNED.tobytes()  # the maker, a text, is now the resolution
 
 
 def shown(path, size):

@@ -136,7 +136,7 @@ def test_a_cell_is_interrupted_and_run_again_and_one_runs_in_a_thread(tmp_path, 
     """As in a notebook: the traceback keeps the first one's objects alive."""
     argv = [*FEW, "--epochs", "1", "--out", str(tmp_path)]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as kept:
-        patch.setattr(common, "write_log", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(search_mixture, "search_step", Mock(side_effect=KeyboardInterrupt))
         search_mixture.main(argv)
     thread = threading.Thread(target=search_mixture.main, args=(argv,))
     thread.start()
@@ -217,7 +217,7 @@ def test_conclusions_by_hand():
 def test_verdicts_by_hand(digits):
     """With three seeds Student's two-sided p of t is 1 - t / sqrt(2 + t^2)."""
     default = np.array([0.50, 0.53, 0.51])
-    spread = np.array([-0.001, 0.0, 0.001])  # of the differences; its standard error: 0.001 / sqrt(3)
+    spread = np.array([-0.001, 0.0, 0.001])  # the standard error of a difference: 0.001 / sqrt(3)
     accuracies = {(4, 3, 3): default, (5, 3, 2): default + 0.01 + spread,
                   (3, 4, 3): default - 0.02 - spread, (6, 2, 2): default + 0.001 + spread}
     entries = retrain.compare(accuracies, common.search_space(arguments(), digits[0]))
@@ -229,7 +229,7 @@ def test_verdicts_by_hand(digits):
         assert entries[name]["verdict"] == verdict
     assert "verdict" not in entries["4,3,3"]
     # t of 97.5 % and two degrees of freedom is 4.3027: half an interval is 0.00248
-    assert "With 3 seeds a difference below about 0.0025 or more" in retrain.conclusion(entries)
+    assert "With 3 seeds differences below about 0.0025 go unseen" in retrain.conclusion(entries)
 
 
 def test_the_rules_network_is_the_one_of_most_layers_at_full_resolution(digits):
