@@ -998,7 +998,6 @@ def check_fused(network: Network, configs: Iterable[Config], amp: str, batch: Ba
             # If two pixels of a pooling window are equal up to rounding, the gradient may go to
             # either. Two native runs then differ by 2 to 20 % of its norm (1 run in 10).
             results += [(0.5, p.grad) for p in network.parameters() if p.grad is not None]
-        network.zero_grad()
         return results
 
     use_kernel("native")  # whose errors, of memory for one, are not the fused kernels'
@@ -1434,9 +1433,11 @@ class Learner:
         with autocast(images.device, self.amp):
             logits = self.network(images, config)
             loss = F.cross_entropy(logits, labels)
+        self.optimizer.zero_grad()  # a capture that failed may have left some
         loss.backward()
         self.optimizer.step()
-        self.optimizer.zero_grad()  # gradients may lie in memory that graphs share
+        if self.graphs.enabled:  # gradients may lie in memory that graphs share
+            self.optimizer.zero_grad()
         return torch.stack([loss.detach().double(), accuracy(logits, labels)])
 
     def validate(self, images: Tensor, labels: Tensor, config: Config) -> Tensor:
