@@ -522,31 +522,33 @@ def read_npz(args: Namespace, path: str | Path) -> Arrays:
     train_labels, integers (N,) or (N,1); test_* or val_* are alike. UserError for other files."""
     try:
         with np.load(path) as content:
-            parts = {part: (content[f"{part}_images"], content[f"{part}_labels"])
-                     for part in ("train", "test", "val")
-                     if part == "train" or f"{part}_labels" in content}
-        for part, (images, labels) in parts.items():
-            if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape[1:] \
-                    or images.shape[3:] not in ((), (1,), (3,)) or labels.dtype.kind not in "iu" \
-                    or labels.size not in (0, len(images)):  # 0: of images without labels
-                raise ValueError(f"{part}_images: {images.dtype} {images.shape}, "
-                                 f"{part}_labels: {labels.dtype} {labels.shape}")
-        found = {part: set(labels.ravel().tolist()) for part, (_, labels) in parts.items()}
-        classes = sorted(found.pop("train"))
-        if len(classes) < 2:
-            raise ValueError("fewer than two classes")
-    except MemoryError:
+            labels = {part: content[f"{part}_labels"] for part in ("train", "test", "val")
+                      if part == "train" or f"{part}_labels" in content}
+            for part, values in labels.items():
+                if values.dtype.kind not in "iu":
+                    raise ValueError(f"{part}_labels: {values.dtype}")
+            found = {part: set(values.ravel().tolist()) for part, values in labels.items()}
+            classes = sorted(found.pop("train"))
+            if len(classes) < 2:
+                raise ValueError("train_labels: fewer than two classes")
+            arrays = {"classes": np.array(classes).astype(str)}
+            for part, source in (("train", "train"), ("test", choose_test(args, classes, found))):
+                if source is None:
+                    continue
+                images = content[f"{source}_images"]
+                numbers = labels[source]
+                if images.dtype != np.uint8 or images.shape[3:] not in ((), (1,), (3,)) \
+                        or images.ndim < 3 or not images.size or numbers.size != len(images):
+                    raise ValueError(f"{source}_images: {images.dtype} {images.shape}, "
+                                     f"{source}_labels: {numbers.shape}")
+                arrays[f"{part}_images"] = images
+                arrays[f"{part}_labels"] = np.searchsorted(classes, numbers.ravel())
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # a damaged file raises many kinds
         raise UserError(f"cannot use {path} ({str(error)[:100]}): expected train_images, uint8 "
                         "(N,H,W) or (N,H,W,3), train_labels, N integers, and test_* or val_* alike"
                         ) from error
-    arrays = {"classes": np.array(classes).astype(str)}
-    for part, source in (("train", "train"), ("test", choose_test(args, classes, found))):
-        if source:
-            images, labels = parts[source]
-            arrays[f"{part}_images"] = images
-            arrays[f"{part}_labels"] = np.searchsorted(classes, labels.ravel())
     return arrays
 
 
