@@ -720,17 +720,16 @@ def open_image(source):
         # a file, not its path: Pillow would map a TIFF with the sides that it has when turned
         with open(source, "rb") if is_path else contextlib.nullcontext(source) as content:
             if isinstance(content, np.ndarray):
-                stored = Image.fromarray(content)
+                image = Image.fromarray(content)
             elif isinstance(content, Image.Image):
-                stored = content
+                image = content
             else:
-                stored = Image.open(content, formats=FORMATS)
-            stored.load()  # turns a TIFF itself, and removes its tag
-        orientation = stored.getexif().get(0x0112)
-        image = stored
-        if image.mode.startswith("I;16") or (image.mode == "I" and stored.format in ("PNG", "PPM")):
+                image = Image.open(content, formats=FORMATS)
+            image.load()  # turns a TIFF itself, and removes its tag
+        orientation = image.getexif().get(0x0112)
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
             pixels = np.asarray(image.convert("I")) >> 8
-            if stored.format == "TIFF" and stored.tag_v2.get(262) == 0:  # white is 0
+            if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # white is 0
                 pixels = 255 - pixels
             image = Image.fromarray(pixels.astype(np.uint8))
         if image.mode in ("I", "F"):
@@ -987,9 +986,8 @@ def check_fused(network: Network, configs: Iterable[Config], amp: str, batch: Ba
     gradients. The error of the fused kernels must not be much larger than that of native ops."""
     images, labels = (tensor[:32] for tensor in batch)  # enough; float64 takes memory
 
-    def compute(kernel: str, network: Network, amp: str) -> list[tuple[float, Tensor]]:
+    def compute(network: Network, amp: str) -> list[tuple[float, Tensor]]:
         """Pairs of the relative error that is allowed, and logits or a gradient."""
-        use_kernel(kernel)
         results = []
         for config in configs:
             network.zero_grad()
@@ -1002,10 +1000,11 @@ def check_fused(network: Network, configs: Iterable[Config], amp: str, batch: Ba
             results += [(0.5, p.grad) for p in network.parameters() if p.grad is not None]
         return results
 
-    use_kernel("native")  # whose errors, of memory for one, are not the fused kernels'
-    exact = compute("native", copy.deepcopy(network).double(), "off")
-    native = compute("native", network, amp)
-    fused = compute("fused", network, amp)
+    use_kernel("native")
+    exact = compute(copy.deepcopy(network).double(), "off")
+    native = compute(network, amp)
+    use_kernel("fused")
+    fused = compute(network, amp)
     for (allowed, ours), (_, theirs), (_, true) in zip(fused, native, exact):
         if not (ours - true).norm() <= 4 * (theirs - true).norm() + allowed * true.norm():
             raise RuntimeError("an output or a gradient is wrong")

@@ -200,8 +200,8 @@ def main(argv: list[str] | None = None) -> None:
                         f"{Path(args.dataset).name}, {args.arch}, trained alone")
     columns = {"config": "", "test_accuracy": ".4f", "std": ".4f", "relative_macs": ".2f",
                "difference": "+.4f", "interval": "", "p_holm": ".3f", "verdict": ""}
-    rows = [{"config": name} | entries[name] for name in entries]
-    common.print_ranking(rows, columns, default, first=len(rows))
+    table = [{"config": name} | entries[name] for name in entries]
+    common.print_ranking(table, columns, default, first=len(table))
     print(conclusion(entries))
     if rule == chosen[0]:
         print("The rule's network, which needs no search, is the pick itself.")

@@ -595,6 +595,14 @@ def test_the_network_of_the_readme_is_searched_and_retrained(tmp_path, monkeypat
     assert "for common.load_network: runs/retrain-digits/networks/" in out
 
 
+def globals_of(code):
+    """The names that a code object, or one within it, reads as globals."""
+    names = {instruction.argval for instruction in dis.get_instructions(code)
+             if instruction.opname == "LOAD_GLOBAL"}
+    return names.union(*(globals_of(value) for value in code.co_consts
+                         if isinstance(value, types.CodeType)))
+
+
 @pytest.mark.parametrize("row", [line.split("|")[1:-1] for line in README.splitlines()
                                  if line.startswith("| `") and line.count("|") == 4])
 def test_the_pieces_of_the_readme_need_what_it_says(row):
@@ -603,12 +611,8 @@ def test_the_pieces_of_the_readme_need_what_it_says(row):
     nodes = [node for node in ast.parse((ROOT / file).read_text()).body
              if getattr(node, "name", None) in names]
     parts = ["from __future__ import annotations", *lines, *map(ast.unparse, nodes)]
-    codes = [compile("\n".join(parts), "piece", "exec")]
+    code = compile("\n".join(parts), "piece", "exec")
     there = {}
-    exec(codes[0], there)
-    for code in codes:
-        codes += [value for value in code.co_consts if isinstance(value, types.CodeType)]
-        for instruction in dis.get_instructions(code):
-            if instruction.opname == "LOAD_GLOBAL":
-                assert instruction.argval in there or hasattr(builtins, instruction.argval)
+    exec(code, there)
+    assert globals_of(code) <= there.keys() | vars(builtins).keys()
     assert set(names) <= there.keys()
