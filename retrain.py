@@ -88,12 +88,12 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[di
     return args, settings, rankings
 
 
-def rule_network(pick: Config, space: Space) -> Config:
+def rule_network(pick: Config, macs: dict[Config, int]) -> Config:
     """The rule's network, which needs no search: of the configurations of no more multiply-adds
     than the pick, the one with the most layers at full resolution; of several such, the one of the
-    most multiply-adds."""
-    affordable = [config for config in space.macs if space.macs[config] <= space.macs[pick]]
-    return max(affordable, key=lambda config: (config[0], space.macs[config]))
+    most multiply-adds, `macs`."""
+    affordable = [config for config in macs if macs[config] <= macs[pick]]
+    return max(affordable, key=lambda config: (config[0], macs[config]))
 
 
 def paired_comparison(accuracies: list[float],
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = [config for config in ranking if config in space.configs][:args.top]
     if not chosen:
         raise UserError(f"--max-macs {args.max_macs} allows no configuration of the ranking")
-    rule = rule_network(chosen[0], space) if rankings else None
+    rule = rule_network(chosen[0], space.macs) if rankings else None
     configs = [config for config in dict.fromkeys([*chosen, space.default, rule]) if config]
     seeds = range(args.seed, args.seed + args.seeds)
     folder, record = common.open_run("retrain", args, data)

@@ -76,8 +76,7 @@ def judge(ranking: dict[tuple, float], truth: dict[tuple, float], macs: dict[tup
             signs.append(sign if truth[a] > truth[b] else -sign)
     first = sorted(ranking, key=lambda config: (-ranking[config], config))[:4]
     best = sorted(ranking, key=truth.get, reverse=True)[:3]
-    affordable = [config for config in ranking if macs[config] <= macs[first[0]]]
-    rule = max(affordable, key=lambda config: (config[0], macs[config]))
+    rule = retrain.rule_network(first[0], macs)
     return common.rank_metrics(ranking, truth) | {
         "tau in n1": mean(signs) if signs else None,
         "n1 at its macs": truth[best[0]] - truth[rule],

@@ -237,7 +237,7 @@ def test_the_rules_network_is_the_one_of_most_layers_at_full_resolution(digits):
     for pick in space.configs:
         affordable = [(config[0], macs, config) for config, macs in space.macs.items()
                       if macs <= space.macs[pick]]
-        assert retrain.rule_network(pick, space) == max(affordable)[2]
+        assert retrain.rule_network(pick, space.macs) == max(affordable)[2]
 
 
 def test_stage_1_is_extended_and_a_network_that_diverges_stops_no_other(tmp_path, monkeypatch):
