@@ -90,8 +90,8 @@ def arguments(argv: list[str] | None) -> tuple[argparse.Namespace, dict, list[di
 
 def rule_network(pick: Config, macs: dict[Config, int]) -> Config:
     """The rule's network, which needs no search: of the configurations of no more multiply-adds
-    than the pick, the one with the most layers at full resolution; of several such, the one of the
-    most multiply-adds, `macs`."""
+    (macs) than the pick, the one with the most layers at full resolution; of several such, the one
+    of the most multiply-adds."""
     affordable = [config for config in macs if macs[config] <= macs[pick]]
     return max(affordable, key=lambda config: (config[0], macs[config]))
 
